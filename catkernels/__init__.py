@@ -1,0 +1,1 @@
+"""Fused Triton kernels for CAT, the Cross Attention Vision Transformer."""

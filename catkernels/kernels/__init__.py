@@ -1,0 +1,1 @@
+"""The Triton kernels and their launchers: the only folder that imports Triton."""

@@ -1,0 +1,32 @@
+"""Whether Triton kernels can run on a device, and if not, why not. Triton is not imported here."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+# The device types that Triton compiles for; ROCm's is "cuda" as well.
+KERNEL_DEVICES = ("cuda", "xpu")
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on, which runs the kernels on a CPU, for testing."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def device_reasons(device: torch.device) -> list[str]:
+    """Why Triton kernels cannot run on tensors of ``device``; empty where they can."""
+    reasons = []
+    if not triton_is_installed():
+        reasons.append("Triton is not installed")
+    if device.type not in KERNEL_DEVICES and not (device.type == "cpu" and interpreting()):
+        reasons.append(f"the tensors are on {device.type}, the kernels need cuda or xpu")
+    return reasons
