@@ -14,10 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The bytes that one slice of the batch may touch on a CPU, per thread. Slices of this size stay in
-# the outer cache levels; much smaller ones lose more to call overhead than the cache gives back.
-SLICE_BYTES_PER_THREAD = 8 * 2**20
-
 
 def ipsa_attention(
     qkv: Tensor,
@@ -46,33 +42,24 @@ def ipsa_attention(
     Returns:
         The map (B, H, W, C); with ``return_attention`` also (B, windows, heads, N*N, N*N).
     """
-
-    def attend(qkv: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        batch, height, width, _ = qkv.shape
-        tokens = patch_size * patch_size
-        padded = pad_to_patches(qkv, patch_size, qkv_bias)
-        windows = to_windows(padded, patch_size)  # (B, windows, N*N, 3C)
-        heads = windows.reshape(*windows.shape[:2], tokens, 3, num_heads, channels // num_heads)
-        query, key, value = heads.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, N*N, D)
-
-        scores = (query * scale) @ key.transpose(-2, -1)
-        if bias_table is not None:
-            scores = scores + relative_position_bias(bias_table, patch_size)
-        attention = scores.softmax(-1).to(value.dtype)
-        output = F.dropout(attention, dropout_p) @ value  # (B, windows, heads, N*N, D)
-
-        output = output.transpose(2, 3).reshape(batch, -1, tokens, channels)
-        output = from_windows(output, patch_size, *padded.shape[1:3])[:, :height, :width]
-        return (output, attention) if return_attention else output
-
+    height, width = qkv.shape[1:3]
+    tokens = patch_size * patch_size
     channels = qkv.shape[-1] // 3
     scale = (channels // num_heads) ** -0.5 if scale is None else scale
-    if return_attention or dropout_p or _must_run_whole(qkv, bias_table, qkv_bias):
-        return attend(qkv)
-    # qkv, its partitioned copy, scores, weights and output of one image
-    pixels = qkv.shape[1] * qkv.shape[2]
-    values = pixels * (7 * channels + 3 * num_heads * patch_size**2)
-    return _in_slices(attend, qkv, values * qkv.element_size())
+    padded = pad_to_patches(qkv, patch_size, qkv_bias)
+    windows = to_windows(padded, patch_size)  # (B, windows, N*N, 3C)
+    heads = windows.reshape(*windows.shape[:2], tokens, 3, num_heads, channels // num_heads)
+    query, key, value = heads.permute(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, N*N, D)
+
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if bias_table is not None:
+        scores = scores + relative_position_bias(bias_table, patch_size)
+    attention = scores.softmax(-1).to(value.dtype)
+    output = F.dropout(attention, dropout_p) @ value  # (B, windows, heads, N*N, D)
+
+    output = output.transpose(2, 3).reshape(*windows.shape[:2], tokens, channels)
+    output = from_windows(output, patch_size, *padded.shape[1:3])[:, :height, :width]
+    return (output, attention) if return_attention else output
 
 
 def cpsa_attention(
@@ -107,34 +94,36 @@ def cpsa_attention(
         The map (B, H, W, C); with ``return_attention`` also (B, C, P, P).
     """
 
-    def attend(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        height, width = x.shape[1:3]
-        padded = pad_to_patches(x, patch_size)
-        patches = to_patches(padded, patch_size)  # (B, C, P, N*N)
-        if one_patch and not dropout_p and not return_attention:
-            # the softmax over a single patch is 1, whatever its query and key
-            output = F.linear(patches, value_weight, value_bias)
-            attention = None
-        else:
-            query, key, value = F.linear(patches, qkv_weight, qkv_bias).chunk(3, -1)
-            attention = ((query * scale) @ key.transpose(-2, -1)).softmax(-1).to(value.dtype)
-            output = F.dropout(attention, dropout_p) @ value
-        output = F.linear(output, proj_weight, proj_bias)
-        output = from_patches(output, patch_size, *padded.shape[1:3])[:, :height, :width]
-        return (output, attention) if return_attention else output
+    return cpsa_with_layers(
+        x,
+        lambda patches: F.linear(patches, qkv_weight, qkv_bias),
+        lambda patches: F.linear(patches, proj_weight, proj_bias),
+        patch_size=patch_size,
+        scale=scale,
+        dropout_p=dropout_p,
+        return_attention=return_attention,
+    )
 
-    tokens = patch_size * patch_size
-    scale = tokens**-0.5 if scale is None else scale
-    one_patch = max(x.shape[1], x.shape[2]) <= patch_size
-    value_weight = qkv_weight[2 * tokens :]
-    value_bias = None if qkv_bias is None else qkv_bias[2 * tokens :]
-    weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-    if return_attention or dropout_p or _must_run_whole(x, *weights):
-        return attend(x)
-    # x, its patches, q, k, v, the outputs of both products and the scores of one image
-    pixels = x.shape[1] * x.shape[2]
-    values = pixels * x.shape[3] * (8 + 2 * pixels // tokens**2)
-    return _in_slices(attend, x, values * x.element_size())
+
+def cpsa_with_layers(
+    x: Tensor,
+    qkv: Callable[[Tensor], Tensor],
+    proj: Callable[[Tensor], Tensor],
+    *,
+    patch_size: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_attention: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`cpsa_attention` with any two layers: (B, C, P, N*N) -> (B, C, P, 3 N*N), and -> the same."""
+    height, width = x.shape[1:3]
+    scale = 1 / patch_size if scale is None else scale
+    padded = pad_to_patches(x, patch_size)
+    query, key, value = qkv(to_patches(padded, patch_size)).chunk(3, -1)  # each (B, C, P, N*N)
+    attention = ((query * scale) @ key.transpose(-2, -1)).softmax(-1).to(value.dtype)
+    output = proj(F.dropout(attention, dropout_p) @ value)
+    output = from_patches(output, patch_size, *padded.shape[1:3])[:, :height, :width]
+    return (output, attention) if return_attention else output
 
 
 def relative_position_index(patch_size: int, device: torch.device | None = None) -> Tensor:
@@ -170,48 +159,30 @@ def pad_to_patches(x: Tensor, patch_size: int, fill: Tensor | None = None) -> Te
 
 def to_windows(x: Tensor, patch_size: int) -> Tensor:
     """(B, H, W, C) -> (B, windows, N*N, C): the pixels of each window, row-major."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // patch_size, width // patch_size
-    x = x.reshape(batch, rows, patch_size, columns, patch_size, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size**2, channels)
+    return split_patches(x, patch_size).flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(windows: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """The inverse of `to_windows`: (B, windows, N*N, C) -> (B, H, W, C)."""
-    batch, channels = windows.shape[0], windows.shape[-1]
-    rows, columns = height // patch_size, width // patch_size
-    x = windows.reshape(batch, rows, columns, patch_size, patch_size, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
+    batch, _, _, channels = windows.shape
+    grid = (height // patch_size, width // patch_size)
+    x = windows.reshape(batch, *grid, patch_size, patch_size, channels)
+    return x.transpose(2, 3).reshape(batch, height, width, channels)
 
 
 def to_patches(x: Tensor, patch_size: int) -> Tensor:
     """(B, H, W, C) -> (B, C, P, N*N): each channel's patches, their pixels row-major."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // patch_size, width // patch_size
-    x = x.reshape(batch, rows, patch_size, columns, patch_size, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * columns, patch_size**2)
+    return split_patches(x, patch_size).movedim(-1, 1).flatten(4, 5).flatten(2, 3)
 
 
 def from_patches(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """The inverse of `to_patches`: (B, C, P, N*N) -> (B, H, W, C)."""
-    batch, channels = patches.shape[:2]
+    return from_windows(patches.movedim(1, -1), patch_size, height, width)
+
+
+def split_patches(x: Tensor, patch_size: int) -> Tensor:
+    """(B, H, W, C) as (B, H/N, W/N, N, N, C), without a copy."""
+    batch, height, width, channels = x.shape
     rows, columns = height // patch_size, width // patch_size
-    x = patches.reshape(batch, channels, rows, columns, patch_size, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, height, width, channels)
-
-
-def _must_run_whole(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether slicing the batch would be wrong (gradients, tracing) or useless (not a CPU)."""
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *others)
-    )
-    return wants_grad or x.device.type != "cpu" or torch.compiler.is_compiling()
-
-
-def _in_slices(attend: Callable[[Tensor], Tensor], x: Tensor, bytes_per_image: int) -> Tensor:
-    """``attend(x)`` in slices of the batch that stay in cache."""
-    budget = SLICE_BYTES_PER_THREAD * torch.get_num_threads()
-    images = max(1, budget // max(1, bytes_per_image))
-    if images >= x.shape[0]:
-        return attend(x)
-    return torch.cat([attend(part) for part in x.split(images)])
+    x = x.reshape(batch, rows, patch_size, columns, patch_size, channels)
+    return x.transpose(2, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: takes long; runs only with --full")
+    # the same examples in every run, so that a failure is one that everybody sees
+    common = {"derandomize": True, "deadline": None, "print_blob": True}
+    hypothesis.settings.register_profile("sample", max_examples=20, **common)
+    hypothesis.settings.register_profile("full", max_examples=500, **common)
+    hypothesis.settings.load_profile("full" if config.getoption("--full") else "sample")
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:

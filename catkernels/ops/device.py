@@ -19,7 +19,19 @@ def interpreting() -> bool:
 
 @functools.cache
 def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def best_device() -> torch.device:
+    """A device that Triton compiles for where one is visible, else the CPU."""
+    for kind in KERNEL_DEVICES:
+        if torch.get_device_module(kind).is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
 
 
 def device_reasons(device: torch.device) -> list[str]:

@@ -1,0 +1,255 @@
+"""IPSA, CPSA and the block around them as modules, with the official parameter names.
+
+`ipsa_layer` and `cpsa_layer` work with the children of any module of that structure, ours or the
+official code's, so that an adopted block and a block of our own share one path.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from catkernels import cpu, reference
+from catkernels.functional import (
+    Backend,
+    check_backend,
+    check_patch_size,
+    cpsa_attention,
+    ipsa_attention,
+)
+
+
+class _Attention(nn.Module):
+    """What IPSA and CPSA share: the official parameters, and tokens or a map as the input."""
+
+    def __init__(
+        self,
+        dim: int,
+        patch_size: int | tuple[int, int],
+        num_heads: int,
+        qkv_bias: bool,
+        qk_scale: float | None,
+        attn_drop: float,
+        proj_drop: float,
+        rpe: bool,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        side = check_patch_size(patch_size)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
+        self.dim = dim
+        self.patch_size = (side, side)
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.rpe = rpe
+        self.backend = check_backend(backend)
+        if rpe:
+            table = torch.empty((2 * side - 1) ** 2, num_heads)
+            self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+            self.register_buffer("relative_position_index", reference.relative_position_index(side))
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, patch_size={self.patch_size[0]}, num_heads={self.num_heads}, "
+            f"backend={self.backend!r}"
+        )
+
+
+class IPSA(_Attention):
+    """Inner-patch self-attention (paper, section 3.1), a drop-in for the official ``Attention``.
+
+    ``proj(ipsa_attention(qkv(x)))`` with the parameters ``qkv``, ``proj`` and, where ``rpe``,
+    ``relative_position_bias_table`` and the integer buffer ``relative_position_index``.
+
+    Args:
+        dim: C.
+        patch_size: N, or (N, N).
+        num_heads: divides ``dim``.
+        qkv_bias: whether ``qkv`` has a bias.
+        qk_scale: factor on ``q k^T``; None (or 0, as in the official code): ``head_dim**-0.5``.
+        attn_drop: probability of dropping an attention weight in training.
+        proj_drop: probability of dropping an output value in training.
+        rpe: whether a relative position bias is learned.
+        backend: "auto", "triton" or "reference"; see `catkernels.functional`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        patch_size: int | tuple[int, int] = 7,
+        num_heads: int = 3,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        rpe: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            dim, patch_size, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, rpe, backend
+        )
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend within each window.
+
+        Args:
+            x: a map (B, H, W, C), padded where N does not divide H or W, or tokens
+                (windows, N*N, C) as the official module takes them.
+            return_attention: also return the attention weights (B, windows, heads, N*N, N*N).
+
+        Raises:
+            ValueError: ``x`` is neither.
+        """
+        side = self.patch_size[0]
+        if x.dim() == 3 and x.shape[1] == side**2:
+            # a window of tokens is a map of one window
+            result = self(x.unflatten(1, (side, side)), return_attention)
+            if return_attention:
+                return result[0].flatten(1, 2), result[1]
+            return result.flatten(1, 2)
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"IPSA needs a map (B, H, W, {self.dim}) or tokens (windows, {side**2}, "
+                f"{self.dim}), got {tuple(x.shape)}"
+            )
+        return ipsa_layer(self, x, side, self.backend, return_attention)
+
+
+class CPSA(_Attention):
+    """Cross-patch self-attention (paper, section 3.2), a drop-in for the official ``Attention``.
+
+    `cpsa_attention` with the weights of ``qkv`` (3 N*N, N*N) and ``proj`` (N*N, N*N), which all
+    channels share; one head, no position bias.
+
+    Args:
+        patch_size: N, or (N, N).
+        qkv_bias: whether ``qkv`` has a bias.
+        qk_scale: factor on ``q k^T``; None (or 0, as in the official code): ``(N*N)**-0.5``.
+        attn_drop: probability of dropping an attention weight in training.
+        proj_drop: probability of dropping an output value in training.
+        backend: "auto", "triton" or "reference"; see `catkernels.functional`.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int] = 7,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        dim = check_patch_size(patch_size) ** 2
+        super().__init__(
+            dim, patch_size, 1, qkv_bias, qk_scale, attn_drop, proj_drop, False, backend
+        )
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend among the patches of each channel.
+
+        Args:
+            x: a map (B, H, W, C), padded where N does not divide H or W, or tokens (B*C, P, N*N)
+                as the official module takes them.
+            return_attention: also return the attention weights (B, C, P, P).
+
+        Raises:
+            ValueError: ``x`` is neither.
+        """
+        side = self.patch_size[0]
+        if x.dim() == 3 and x.shape[-1] == side**2:
+            # P patches one below the other are a map of one channel and one patch's width
+            result = self(x.reshape(x.shape[0], -1, side, 1), return_attention)
+            if return_attention:
+                return result[0].reshape(x.shape), result[1]
+            return result.reshape(x.shape)
+        if x.dim() != 4:
+            raise ValueError(
+                f"CPSA needs a map (B, H, W, C) or tokens (B*C, P, {side**2}), got {tuple(x.shape)}"
+            )
+        return cpsa_layer(self, x, side, self.backend, return_attention)
+
+
+def ipsa_layer(
+    attn: nn.Module, x: Tensor, patch_size: int, backend: Backend, return_attention: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """IPSA of a map (B, H, W, C) with the children of ``attn``, which structure alone qualifies."""
+    height, width = x.shape[1:3]
+    plain = is_plain_linear(attn.qkv)
+    table = attn.relative_position_bias_table if attn.rpe else None
+    dropout_p = dropout_probability(attn.attn_drop)
+
+    def attend(x: Tensor) -> tuple[Tensor, ...]:
+        if not plain:
+            # what such a child makes of a padded pixel only the child can say
+            x = reference.pad_to_patches(x, patch_size)
+        result = ipsa_attention(
+            attn.qkv(x),
+            table,
+            num_heads=attn.num_heads,
+            patch_size=patch_size,
+            scale=attn.scale,
+            qkv_bias=attn.qkv.bias if plain else None,
+            dropout_p=dropout_p,
+            return_attention=return_attention,
+            backend=backend,
+        )
+        output, *attention = result if return_attention else (result,)
+        return attn.proj_drop(attn.proj(output[:, :height, :width])), *attention
+
+    if plain and is_plain_linear(attn.proj) and backend != "triton":
+        weights = (*attn.qkv.parameters(), *attn.proj.parameters(), table)
+        if cpu.serves(x, *weights, dropout_p=dropout_p, return_attention=return_attention):
+            return cpu.layer_in_slices(lambda part: attend(part)[0], x)
+    output, *attention = attend(x)
+    return (output, *attention) if return_attention else output
+
+
+def cpsa_layer(
+    attn: nn.Module, x: Tensor, patch_size: int, backend: Backend, return_attention: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """CPSA of a map (B, H, W, C) with the children of ``attn``, which structure alone qualifies."""
+    options = {
+        "patch_size": patch_size,
+        "scale": attn.scale,
+        "dropout_p": dropout_probability(attn.attn_drop),
+        "return_attention": return_attention,
+    }
+    if is_plain_linear(attn.qkv) and is_plain_linear(attn.proj):
+        weights = (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
+        result = cpsa_attention(x, *weights, backend=backend, **options)
+    elif backend == "triton":
+        raise ValueError(
+            "CPSA cannot use backend='triton': qkv or proj is no plain nn.Linear, or carries hooks "
+            "or parametrisations, and the kernels only read weights. Use backend='auto'."
+        )
+    else:
+        result = reference.cpsa_with_layers(x, attn.qkv, attn.proj, **options)
+    output, *attention = result if return_attention else (result,)
+    output = attn.proj_drop(output)
+    return (output, *attention) if return_attention else output
+
+
+def dropout_probability(dropout: nn.Module) -> float:
+    """The probability with which an ``nn.Dropout`` (or ``nn.Identity``) drops at present."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(map(len, hooks)) or "forward" in vars(module)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is just its weight and bias: no subclass, parametrisation or hook."""
+    return type(module) is nn.Linear and not is_intercepted(module)

@@ -1,0 +1,208 @@
+"""IPSA, CPSA and CATBlock as drop-ins for the official modules."""
+
+from __future__ import annotations
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import catkernels
+from catkernels import official
+from catkernels.testing import assert_within_error_budget
+
+OPTIONS = [
+    {},
+    {"qkv_bias": False},
+    {"qk_scale": 0.2},
+    {"attn_drop": 0.3, "proj_drop": 0.2},
+]
+
+
+def pair(attention: str, **options):
+    """Our module and the official one with the same weights."""
+    torch.manual_seed(1)
+    if attention == "ipsa":
+        ours, theirs = (
+            catkernels.IPSA(12, 7, 3, **options),
+            official.Attention(12, (7, 7), 3, **options),
+        )
+    else:
+        ours = catkernels.CPSA(7, **options)
+        theirs = official.Attention(49, (7, 7), 1, rpe=False, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def tokens(attention: str) -> torch.Tensor:
+    return torch.randn(8, 49, 12) if attention == "ipsa" else torch.randn(24, 4, 49)
+
+
+both = pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
+
+
+@both
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_stands_in_for_the_official_attention(attention, options):
+    ours, theirs = pair(attention, **options)
+    theirs.load_state_dict(ours.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.eval(), theirs.eval()
+    x = tokens(attention).requires_grad_()
+    cotangent = torch.randn(x.shape)
+    gradients = []
+    for module in (ours, theirs, deepcopy(theirs).double()):
+        dtype = next(module.parameters()).dtype
+        y = module(x.to(dtype))
+        inputs = (x, *module.parameters())
+        gradients.append((y, *torch.autograd.grad(y, inputs, cotangent.to(dtype))))
+    for actual, same, double in zip(*gradients, strict=True):
+        assert_within_error_budget(actual, same, double.double())
+
+
+@both
+def test_inference_gives_the_same_numbers(attention):
+    ours, theirs = pair(attention)
+    x = tokens(attention)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+@both
+def test_a_map_is_its_tokens(attention):
+    ours, theirs = pair(attention)
+    x = torch.randn(2, 14, 14, 12)
+    block = official.CATBlock(
+        12, (14, 14), 3, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, attention
+    )
+    block.attn = theirs
+    expected = block.attend_within(x) if attention == "ipsa" else block.attend_across(x)
+    torch.testing.assert_close(ours(x), expected)
+
+
+@both
+def test_dropout_is_of_training_only(attention):
+    ours, _ = pair(attention, attn_drop=0.5)
+    x = tokens(attention)
+    assert not torch.equal(ours(x), ours(x))
+    ours.eval()
+    assert torch.equal(ours(x), ours(x))
+
+
+@both
+def test_attention_maps(attention):
+    ours, _ = pair(attention)
+    x = tokens(attention)
+    y, weights = ours(x, return_attention=True)
+    torch.testing.assert_close(y, ours(x))
+    assert weights.shape == {"ipsa": (8, 1, 3, 49, 49), "cpsa": (24, 1, 4, 4)}[attention]
+
+
+def test_rpe_can_be_left_out():
+    module = catkernels.IPSA(12, 4, 3, rpe=False)
+    assert not any("relative" in name for name in module.state_dict())
+    assert module(torch.randn(1, 8, 8, 12)).shape == (1, 8, 8, 12)
+
+
+@both
+@pytest.mark.parametrize("child", ["qkv", "proj"])
+def test_hooks_on_children_fire(attention, child):
+    ours, _ = pair(attention)
+    x = torch.randn(2, 9, 16, 12)
+    expected = ours(x)
+    calls = []
+    handle = getattr(ours, child).register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(ours(x), expected)
+    assert calls == [1]
+    handle.remove()
+    ours(x)
+    assert calls == [1]
+
+
+class LowRank(nn.Module):
+    """An adapter of the kind that parameter-efficient training puts around a linear layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+@both
+@pytest.mark.parametrize("child", ["qkv", "proj"])
+@pytest.mark.parametrize("size", [(14, 14), (9, 16)], ids=["whole", "padded"])
+def test_adapters_are_honoured(attention, child, size):
+    ours, theirs = pair(attention)
+    adapter = LowRank(getattr(theirs, child))
+    setattr(ours, child, adapter)
+    setattr(theirs, child, adapter)
+    block = official.CATBlock(
+        12, None, 3, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, attention
+    )
+    block.attn, block.norm1 = theirs, nn.Identity()
+    block.H, block.W = size
+    x = torch.randn(2, *size, 12)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -size[1] % 7, 0, -size[0] % 7))
+    attend = block.attend_within if attention == "ipsa" else block.attend_across
+    torch.testing.assert_close(ours(x), attend(padded)[:, : size[0], : size[1]])
+
+
+def test_weight_normed_cpsa_refuses_triton():
+    module = catkernels.CPSA(7, backend="triton")
+    torch.nn.utils.parametrizations.weight_norm(module.qkv)
+    with pytest.raises(ValueError, match=r"qkv or proj is no plain nn\.Linear"):
+        module(torch.randn(1, 14, 14, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: catkernels.IPSA(13, 7, 3), "dim=13 is not divisible by num_heads=3"),
+        (lambda: catkernels.IPSA(12, 0, 3), "patch_size"),
+        (lambda: catkernels.IPSA(12, 7, 3, backend="cuda"), "backend must be one of"),
+        (lambda: catkernels.IPSA(12)(torch.randn(2, 48, 12)), r"got \(2, 48, 12\)"),
+        (lambda: catkernels.IPSA(12)(torch.randn(2, 7, 7, 13)), r"\(B, H, W, 12\)"),
+        (lambda: catkernels.CPSA(7)(torch.randn(2, 4, 48)), r"got \(2, 4, 48\)"),
+        (lambda: catkernels.CATBlock(12, 3, attn_type="swin"), "attn_type must be"),
+        (lambda: catkernels.CATBlock(12, 3)(torch.randn(1, 49, 12)), "set H and W"),
+        (lambda: catkernels.CATBlock(12, 3, drop_path=1.0), r"drop_path must be in \[0, 1\)"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
+def test_block_takes_maps_and_tokens(attention):
+    block = catkernels.CATBlock(12, 3, attn_type=attention)
+    x = torch.randn(2, 9, 16, 12)
+    block.H, block.W = 9, 16
+    assert torch.equal(block(x).flatten(1, 2), block(x.flatten(1, 2)))
+    with pytest.raises(ValueError, match=r"\(B, 9 \* 16, C\), got \(2, 143, 12\)"):
+        block(x.flatten(1, 2)[:, 1:])
+
+
+def test_block_survives_copying_and_pickling():
+    block = catkernels.CATBlock(12, 3)
+    x = torch.randn(1, 7, 7, 12)
+    for copy in (deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(copy(x), block(x))
+
+
+def test_drop_path_drops_whole_images():
+    torch.manual_seed(0)
+    drop = catkernels.block.DropPath(0.25)
+    x = torch.ones(4000, 3, 2)
+    y = drop(x)
+    per_image = y.flatten(1)
+    assert (per_image == per_image[:, :1]).all()
+    assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    assert drop.eval()(x) is x
