@@ -2,8 +2,10 @@
 
 from catkernels.block import CATBlock
 from catkernels.cat import CAT, cat_base, cat_small, cat_tiny
+from catkernels.checkpoint import LoadReport, load_checkpoint
 from catkernels.functional import cpsa_attention, ipsa_attention, unsupported_reasons
 from catkernels.modules import CPSA, IPSA
+from catkernels.patch import BlockReport, PatchReport, patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -11,11 +13,17 @@ __all__ = [
     "CAT",
     "CPSA",
     "IPSA",
+    "BlockReport",
     "CATBlock",
+    "LoadReport",
+    "PatchReport",
     "cat_base",
     "cat_small",
     "cat_tiny",
     "cpsa_attention",
     "ipsa_attention",
+    "load_checkpoint",
+    "patch",
+    "unpatch",
     "unsupported_reasons",
 ]

@@ -1,0 +1,273 @@
+"""Official weights in: from a file or a state_dict, between layouts, kinds of model and sizes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Where training code keeps the weights within a checkpoint.
+_CONTAINERS = ("model", "state_dict", "model_state_dict")
+# What a classifier and a backbone do not share: the final norm and head, the norm of each output.
+_KIND_SPECIFIC = re.compile(r"(norm\d*|head)\.(weight|bias)")
+
+
+@dataclass
+class LoadReport:
+    """What `load_checkpoint` did.
+
+    Attributes:
+        loaded: names of the parameters and buffers that were loaded.
+        converted: those whose layout or size was changed, and how.
+        missing: names of the model that the checkpoint lacks; they kept their values.
+        unexpected: names of the checkpoint that the model lacks; they were dropped.
+        mismatched: names whose shapes differ, and how; they kept their values.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        lines += [f"converted {name}: {how}" for name, how in self.converted.items()]
+        lines += [f"mismatched {name}: {how}" for name, how in self.mismatched.items()]
+        for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
+            if names:
+                lines.append(f"{what}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
+    strict: bool = True,
+) -> LoadReport:
+    """Load the weights of a CAT into ``model``: `catkernels.CAT`, or any with the official names.
+
+    Accepts ``.safetensors``, and what `torch.save` wrote, read without unpickling arbitrary
+    objects; a state_dict, or one under "model" or "state_dict"; names with "module." or "backbone."
+    before them. Converts the position embedding between the classifier's layout (1, H*W, C) and
+    the backbone's (1, C, H, W) and, bicubically, between sizes, as it does IPSA's bias table for
+    another patch size.
+
+    Args:
+        model: is changed only when everything fits.
+        path_or_state_dict: a file, or the weights themselves.
+        strict: raise where names are missing or unexpected or shapes do not match. What a
+            classifier and a backbone do not share, the norms of the outputs and the head, is
+            reported only. With False all of it is reported only.
+
+    Returns:
+        What was loaded, converted, missing, unexpected and mismatched.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, or not of this model.
+    """
+    source, where = _read(path_or_state_dict)
+    weights = _strip_prefix(_unwrap(source, where), model)
+    target = model.state_dict()
+    grid = getattr(model, "ape_grid", None)
+    report = LoadReport()
+    fitting: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if name not in target:
+            report.unexpected.append(name)
+            continue
+        if name.endswith("relative_position_index"):
+            # follows from the patch size alone, so the model's own is right
+            report.loaded.append(name)
+            continue
+        wanted = target[name].shape
+        converted = _convert(name, value, wanted, grid)
+        if converted.shape == wanted:
+            fitting[name] = converted
+            report.loaded.append(name)
+            if converted is not value:
+                report.converted[name] = f"{tuple(value.shape)} -> {tuple(wanted)}"
+        else:
+            report.mismatched[name] = f"{tuple(value.shape)} in {where}, {tuple(wanted)} here"
+    report.missing = [
+        name
+        for name in target
+        if name not in weights and not name.endswith("relative_position_index")
+    ]
+    if not fitting:
+        raise ValueError(
+            f"{where} holds none of the model's weights: it has {_some(weights)}, "
+            f"the model {_some(target)}"
+        )
+    if strict:
+        _raise_unless_strict(report, where)
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _read(path_or_state_dict) -> tuple[Mapping, str]:
+    """The checkpoint's content and what to call it in messages."""
+    if isinstance(path_or_state_dict, Mapping):
+        return path_or_state_dict, "the state_dict"
+    path = Path(path_or_state_dict)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), path.name
+    try:
+        # official files also hold the training configuration, in containers that can do no harm
+        with torch.serialization.safe_globals(
+            [argparse.Namespace, (_Configuration, "yacs.config.CfgNode")]
+        ):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        if unsafe is None:
+            raise ValueError(f"{path.name} is no checkpoint that torch.save wrote") from error
+        raise ValueError(
+            f"{path.name} holds more than weights, which is not loaded for safety: {unsafe[1]}. "
+            "Save its state_dict alone, best as .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is no checkpoint that torch.save wrote: {error}") from error
+    return content, path.name
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    try:
+        import safetensors
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(
+            f"reading {path.name} needs the package safetensors: pip install safetensors"
+        ) from error
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path.name} is no safetensors file: {error}") from error
+
+
+class _Configuration:
+    """Stands for the official code's configuration, a dictionary that nothing here uses."""
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()
+
+
+def _unwrap(content, where: str) -> dict[str, Tensor]:
+    """The weights by name, out of whatever dictionary a training script saved them in."""
+    for name in _CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{where} holds no state_dict but a {type(content).__name__}")
+    wrong = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(
+            f"{where} holds no state_dict: {wrong[0]!r} is a {type(content[wrong[0]]).__name__}, "
+            "not a tensor"
+        )
+    return dict(content)
+
+
+def _strip_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Remove what a wrapper put before the names, "module." or "backbone." or any other."""
+    wanted = model.state_dict().keys()
+    prefixes = Counter(
+        name.removesuffix(known)
+        for name in weights
+        for known in (name[start.end() :] for start in re.finditer(r"^|\.", name))
+        if known in wanted
+    )
+    if not prefixes:
+        return weights
+    prefix = prefixes.most_common(1)[0][0]
+    return {name.removeprefix(prefix): value for name, value in weights.items()}
+
+
+def _convert(
+    name: str, value: Tensor, wanted: torch.Size, ape_grid: tuple[int, int] | None
+) -> Tensor:
+    """``value`` in the shape ``wanted`` where it is known how, else as it is."""
+    if value.shape == wanted:
+        return value
+    if name == "ape":
+        return _convert_position_embedding(value, wanted, ape_grid)
+    if name.endswith("relative_position_bias_table") and value.shape[1:] == wanted[1:]:
+        old, new = isqrt(value.shape[0]), isqrt(wanted[0])
+        if (old**2, new**2) == (value.shape[0], wanted[0]):
+            grid = value.T.unflatten(1, (old, old))[None]  # (1, heads, 2N-1, 2N-1)
+            return _resize(grid, (new, new))[0].flatten(1).T.contiguous()
+    return value
+
+
+def _convert_position_embedding(
+    value: Tensor, wanted: torch.Size, ape_grid: tuple[int, int] | None
+) -> Tensor:
+    """Between (1, H*W, C) and (1, C, H, W) and between sizes; an unknown grid is square."""
+    as_map = len(wanted) == 4
+    if value.dim() not in (3, 4) or len(wanted) not in (3, 4):
+        return value
+    if value.dim() == 3:
+        known = tuple(wanted[2:]) if as_map else ape_grid
+        old = _grid(value.shape[1], known)
+        if old is None:
+            return value
+        value_grid = value.permute(0, 2, 1).unflatten(2, old)  # (1, C, H, W)
+    else:
+        value_grid = value
+    if value_grid.shape[1] != wanted[1 if as_map else 2]:
+        return value
+    if as_map:
+        return _resize(value_grid, tuple(wanted[2:]))
+    new = _grid(wanted[1], ape_grid or tuple(value_grid.shape[2:]))
+    return value if new is None else _resize(value_grid, new).flatten(2).permute(0, 2, 1)
+
+
+def _grid(tokens: int, known: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The height and width of so many tokens: those known if they fit, else a square's."""
+    if known is not None and known[0] * known[1] == tokens:
+        return known
+    side = isqrt(tokens)
+    return (side, side) if side**2 == tokens else None
+
+
+def _resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(grid.shape[2:]) == size:
+        return grid
+    return F.interpolate(grid.float(), size, mode="bicubic").to(grid.dtype)
+
+
+def _raise_unless_strict(report: LoadReport, where: str) -> None:
+    missing = [name for name in report.missing if not _KIND_SPECIFIC.fullmatch(name)]
+    unexpected = [name for name in report.unexpected if not _KIND_SPECIFIC.fullmatch(name)]
+    if not (missing or unexpected or report.mismatched):
+        return
+    faults = []
+    if report.mismatched:
+        shapes = [f"{name} ({how})" for name, how in report.mismatched.items()]
+        faults.append(f"shapes differ: {_some(shapes)}")
+    if missing:
+        faults.append(f"the model has what it lacks: {_some(missing)}")
+    if unexpected:
+        faults.append(f"it has what the model lacks: {_some(unexpected)}")
+    raise ValueError(
+        f"{where} is not of this model: {'; '.join(faults)}. Build the model that was saved, or "
+        "pass strict=False to load what fits."
+    )
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

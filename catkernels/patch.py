@@ -1,0 +1,260 @@
+"""Swap the blocks of somebody else's CAT for ours, and back.
+
+Blocks are recognised by their structure, never by their class, and the model's code is not
+imported. A block of ours adopts the very children of the one it replaces, so parameters, hooks and
+state_dict stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from catkernels.block import CHILDREN, CATBlock
+from catkernels.functional import Backend, check_backend
+from catkernels.modules import CPSA, IPSA, is_intercepted, is_plain_linear
+from catkernels.ops import cpsa, ipsa
+from catkernels.recognise import (
+    always_checkpoints,
+    is_sharded,
+    patch_side,
+    reasons_to_leave_alone,
+    resembles_block,
+)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What `patch` did with one block.
+
+    Attributes:
+        name: the block's name in the model, as `named_modules` has it.
+        action: "swapped", "already served" or "left alone".
+        kind: "ipsa", "cpsa" or "?".
+        shape: the map where it is known, the channels, N and the heads.
+        backend: what would serve the block where its parameters are now: "triton", "reference",
+            "own" for code of the model's own, or "raises" where "triton" was asked for in vain.
+        reason: why it is not the kernels, or why the block was left alone.
+    """
+
+    name: str
+    action: str
+    kind: str
+    shape: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` found and did: a `BlockReport` each block, and what else is worth knowing."""
+
+    blocks: tuple[BlockReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def swapped(self) -> list[str]:
+        """The names of the blocks that were swapped."""
+        return self._names("swapped")
+
+    @property
+    def already_served(self) -> list[str]:
+        """The names of the blocks that were ours before: of our own `CAT`, or patched earlier."""
+        return self._names("already served")
+
+    @property
+    def left_alone(self) -> list[str]:
+        """The names of the blocks that resemble a CAT block but were not swapped."""
+        return self._names("left alone")
+
+    def _names(self, action: str) -> list[str]:
+        return [block.name for block in self.blocks if block.action == action]
+
+    def __str__(self) -> str:
+        header = ("block", "action", "kind", "shape", "backend", "reason")
+        rows = [(b.name, b.action, b.kind, b.shape, b.backend, b.reason) for b in self.blocks]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
+        counts = (
+            f"{len(self.swapped)} swapped, {len(self.already_served)} already served, "
+            f"{len(self.left_alone)} left alone"
+        )
+        return "\n".join([*lines, counts, *(f"note: {note}" for note in self.notes)])
+
+
+def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
+    """Replace every CAT block in ``model``, in place, by a `CATBlock` with the same children.
+
+    Parameters, buffers, hooks, state_dict keys, train/eval mode and other instances of the model's
+    classes stay untouched. Blocks of ours, patched earlier or of a `catkernels.CAT`, are kept and
+    take on ``backend``. Patch before `torch.compile` and before FSDP2's `fully_shard`; before or
+    after DDP.
+
+    Args:
+        model: any module that contains CAT blocks: official, downstream copy, wrapped in DDP.
+        backend: "auto", "triton" or "reference"; see `catkernels.functional`.
+
+    Returns:
+        A report, which prints as a table.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no block was swapped or is served already; the model is unchanged.
+    """
+    check_backend(backend)
+    _check_model(model)
+    reports, served, swaps = [], [], {}
+    for name, module, parent in _modules_with_parent(model):
+        if isinstance(module, CATBlock):
+            served.append(module)
+            action, reasons = "already served", []
+        elif resembles_block(module):
+            reasons = reasons_to_leave_alone(module, parent)
+            action = "left alone" if reasons else "swapped"
+        else:
+            continue
+        if action == "swapped":
+            swaps[module] = CATBlock.adopt(module, backend)
+        if action != "left alone":
+            serving, why = _serving(module, backend)
+        else:
+            serving, why = "own", "; ".join(reasons)
+        reports.append(
+            BlockReport(
+                name, action, getattr(module, "attn_type", "?"), _shape(module), serving, why
+            )
+        )
+    if not swaps and not served:
+        found = "; ".join(f"{report.name}: {report.reason}" for report in reports)
+        raise ValueError(
+            "no CAT block to patch: a block has the children "
+            f"{', '.join(CHILDREN)} and the attributes attn_type and patch_size. "
+            f"Left alone: {found or 'nothing resembled one'}"
+        )
+    _replace(model, swaps)
+    for block in served:
+        block.backend = backend
+        if hasattr(block.attn, "backend"):
+            block.attn.backend = backend
+    return PatchReport(tuple(reports), tuple(_notes(model)))
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Put the blocks that `patch` replaced back, with the present children, mode, H and W.
+
+    Returns:
+        The names of the blocks restored; empty where none was patched.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a patched block was sharded by `fully_shard`, which would lose it; the model is
+            unchanged.
+    """
+    _check_model(model)
+    adopted = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CATBlock) and module.is_adopted
+    }
+    sharded = [name for name, block in adopted.items() if is_sharded(block)]
+    if sharded:
+        raise ValueError(
+            f"cannot unpatch a block that fully_shard manages by itself: {', '.join(sharded)}. "
+            "Unpatch before sharding, or load the state_dict into an unpatched model."
+        )
+    _replace(model, {block: block.release() for block in adopted.values()})
+    return list(adopted)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _modules_with_parent(
+    model: nn.Module,
+) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """Each module once, with its name and the module that holds it."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        yield name, module, modules.get(parent) if child else None
+
+
+def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
+    """Put ``swaps[module]`` wherever a module is held, shared ones in all their places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in swaps:
+                setattr(parent, name, swaps[child])
+
+
+def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
+    """What serves a block where its parameters are now, and why that is not the kernels."""
+    attn = block.attn
+    if is_intercepted(attn) and not isinstance(attn, IPSA | CPSA):
+        return "own", "its attention carries hooks and is called itself"
+    adapters = [name for name in ("qkv", "proj") if not is_plain_linear(getattr(attn, name))]
+    notes = [f"{name} goes through its own forward" for name in adapters]
+    if backend == "reference":
+        return "reference", "; ".join([*notes, "asked for"])
+
+    weight = next(attn.qkv.parameters())
+    where = {"device": weight.device, "dtype": weight.dtype}
+    side = patch_side(block.patch_size)
+    if block.attn_type == "ipsa":
+        head_dim = weight.shape[-1] // attn.num_heads
+        reasons = ipsa.unsupported_reasons(**where, head_dim=head_dim, patch_size=side)
+    else:
+        patches = _num_patches(block, side)
+        reasons = cpsa.unsupported_reasons(**where, patch_size=side, num_patches=patches)
+        reasons += [
+            f"the kernels only read weights, and {name} is intercepted" for name in adapters
+        ]
+    if weight.device.type == "cpu" and not reasons and backend == "auto":
+        reasons = ["on a CPU the kernels are only interpreted"]
+    if not reasons:
+        return "triton", "; ".join(notes)
+    return "raises" if backend == "triton" else "reference", "; ".join([*notes, *reasons])
+
+
+def _num_patches(block: nn.Module, side: int) -> int:
+    """P where the map's size is known, else that of one patch."""
+    height, width = _map_size(block) or (side, side)
+    return -(-height // side) * -(-width // side)
+
+
+def _map_size(block: nn.Module) -> tuple[int, int] | None:
+    height, width = getattr(block, "H", None), getattr(block, "W", None)
+    if height is not None and width is not None:
+        return height, width
+    return getattr(block, "input_resolution", None)
+
+
+def _shape(block: nn.Module) -> str:
+    height, width = _map_size(block) or ("H", "W")
+    norm = block._modules.get("norm1")
+    channels = "C" if norm is None else next((len(p) for p in norm.parameters()), "C")
+    patch_size, heads = getattr(block, "patch_size", "?"), getattr(block.attn, "num_heads", "?")
+    return f"{height}x{width}x{channels} N={patch_size} heads={heads}"
+
+
+def _notes(model: nn.Module) -> Iterator[str]:
+    """What a user of the model would want to know beside the swaps."""
+    always = sorted(
+        {
+            type(module).__name__
+            for module in model.modules()
+            if getattr(module, "use_checkpoint", None) is False and always_checkpoints(module)
+        }
+    )
+    if always:
+        yield (
+            f"{', '.join(always)} recomputes every block in training although use_checkpoint is "
+            "False; training is faster, for more memory, where its forward does not"
+        )

@@ -1,0 +1,160 @@
+"""Recognise the blocks of a CAT by their structure, whatever their class and whoever wrote it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from catkernels import reference
+from catkernels.block import CHILDREN
+
+
+def resembles_block(module: nn.Module) -> bool:
+    """Whether a module holds an attention with qkv and proj, as the blocks of most models do."""
+    attn = module._modules.get("attn")
+    return attn is not None and {"qkv", "proj"} <= attn._modules.keys()
+
+
+def reasons_to_leave_alone(block: nn.Module, parent: nn.Module | None) -> list[str]:
+    """Why a block that resembles one of CAT cannot be swapped; empty where it can."""
+    missing = [name for name in (*CHILDREN, "attn_type", "patch_size") if not hasattr(block, name)]
+    if missing:
+        return [f"not a CAT block: it has no {', '.join(missing)}"]
+    return [
+        reason
+        for reasons in (
+            _placement_reasons(block, parent),
+            _block_reasons(block),
+            _attention_reasons(block),
+        )
+        for reason in reasons
+    ]
+
+
+def _placement_reasons(block: nn.Module, parent: nn.Module | None) -> Iterator[str]:
+    if parent is None:
+        yield "it is the model itself: patch the module that holds it"
+    if is_sharded(block) or type(parent).__name__ == "FullyShardedDataParallel":
+        yield "it is sharded by itself: patch before sharding"
+    compiled = getattr(block, "_compiled_call_impl", None) is not None
+    if compiled or type(parent).__name__ == "OptimizedModule":
+        yield "it is compiled by itself: patch before compiling"
+
+
+def _block_reasons(block: nn.Module) -> Iterator[str]:
+    if block.attn_type not in ("ipsa", "cpsa"):
+        yield f"attn_type is {block.attn_type!r}, not 'ipsa' or 'cpsa'"
+    yield from _unknown_parts(block, "the block", set(CHILDREN), set())
+    if "forward" in vars(block):
+        yield "its forward was replaced on the instance"
+    else:
+        parameters = inspect.signature(type(block).forward).parameters.values()
+        required = [
+            p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+        ]
+        if len(required) != 2:
+            yield f"its forward takes ({', '.join(required)}), not (self, x)"
+    if getattr(block, "shift_size", 0):
+        yield f"it shifts its windows by {block.shift_size}"
+
+
+def _attention_reasons(block: nn.Module) -> Iterator[str]:
+    attn = block.attn
+    missing = [
+        name
+        for name in ("num_heads", "scale", "rpe", "attn_drop", "proj_drop")
+        if not hasattr(attn, name)
+    ]
+    if missing:
+        yield f"its attention has no {', '.join(missing)}"
+        return
+    children = {"qkv", "attn_drop", "proj", "proj_drop", "softmax"}
+    own = {"relative_position_bias_table", "relative_position_index"}
+    yield from _unknown_parts(attn, "its attention", children, own)
+    if not isinstance(attn.scale, float | int):
+        yield f"its scale is a {type(attn.scale).__name__}, not a number"
+    if not isinstance(attn.attn_drop, nn.Dropout | nn.Identity):
+        yield f"its attn_drop is a {type(attn.attn_drop).__name__}, not an nn.Dropout"
+    softmax = getattr(attn, "softmax", None)
+    if softmax is not None and (type(softmax) is not nn.Softmax or softmax.dim != -1):
+        yield f"its softmax is {softmax}"
+
+    side = patch_side(block.patch_size)
+    if side is None:
+        yield f"its patch_size is {block.patch_size}, not a square"
+        return
+    if block.attn_type == "ipsa" and attn.rpe:
+        table = getattr(attn, "relative_position_bias_table", None)
+        expected = ((2 * side - 1) ** 2, attn.num_heads)
+        if table is None or (table.shape != expected and not _is_sharded_tensor(table)):
+            yield f"its bias table is no {expected} table"
+        index = getattr(attn, "relative_position_index", None)
+        if index is not None and not _is_our_index(index, side):
+            yield "its relative_position_index orders the bias table in another way"
+    if block.attn_type == "cpsa":
+        if attn.rpe or attn.num_heads != 1:
+            yield f"CPSA has one head and no position bias, not {attn.num_heads} heads, {attn.rpe}"
+        features = getattr(attn.qkv, "in_features", side**2)
+        if features != side**2:
+            yield f"its tokens have {features} values, not N*N = {side**2}"
+
+
+def _unknown_parts(module: nn.Module, what: str, children: set, own: set) -> Iterator[str]:
+    """Children, parameters and buffers that our block would not use."""
+    unknown = sorted(module._modules.keys() - children)
+    unknown += sorted((module._parameters.keys() | module._buffers.keys()) - own)
+    if unknown:
+        yield f"{what} has parts unknown here: {', '.join(unknown)}"
+
+
+def patch_side(patch_size: int | tuple[int, int]) -> int | None:
+    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _is_our_index(index: torch.Tensor, side: int) -> bool:
+    if index.shape != (side**2, side**2):
+        return False
+    if index.is_meta:
+        return True
+    return torch.equal(index, reference.relative_position_index(side, index.device))
+
+
+def is_sharded(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(module, FSDPModule | FullyShardedDataParallel)
+
+
+def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def always_checkpoints(layer: nn.Module) -> bool:
+    """Whether a layer's code calls `checkpoint` outside any ``if ... use_checkpoint``."""
+    for name, method in inspect.getmembers(type(layer), inspect.isfunction):
+        if getattr(nn.Module, name, None) is method:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        if _has_unguarded_checkpoint(tree):
+            return True
+    return False
+
+
+def _has_unguarded_checkpoint(node: ast.AST) -> bool:
+    if isinstance(node, ast.If) and "use_checkpoint" in ast.unparse(node.test):
+        negated = isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not)
+        return any(map(_has_unguarded_checkpoint, node.body if negated else node.orelse))
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "checkpoint":
+        return True
+    return any(map(_has_unguarded_checkpoint, ast.iter_child_nodes(node)))

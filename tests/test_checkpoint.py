@@ -1,0 +1,218 @@
+"""Loading weights: official layouts, other kinds of model and sizes, and files that are wrong."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import catkernels
+from catkernels import load_checkpoint, official
+from catkernels.cat import VARIANTS
+
+TINY = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "ape": True, "num_classes": 5}
+
+
+def build(seed: int = 0, model=catkernels.CAT, **options):
+    torch.manual_seed(seed)
+    return model(**{**TINY, "img_size": 56, **options})
+
+
+def untouched(model, before) -> bool:
+    return all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+LAYOUTS = {
+    "bare": lambda weights: weights,
+    "official training": lambda weights: {"model": weights, "epoch": 299, "optimizer": {}},
+    "mm libraries": lambda weights: {
+        "meta": {"epoch": 12},
+        "state_dict": {f"backbone.{name}": value for name, value in weights.items()}
+        | {"neck.weight": torch.zeros(1)},
+    },
+    "data parallel": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "nested": lambda weights: {f"module.model.{name}": value for name, value in weights.items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, tmp_path):
+    source, model = build(1), build(2)
+    file = tmp_path / "weights.pth"
+    torch.save(LAYOUTS[layout](source.state_dict()), file)
+    report = load_checkpoint(model, file, strict=layout != "mm libraries")
+    assert untouched(model, source.state_dict())
+    assert report.missing == []
+    assert report.mismatched == report.converted == {}
+    assert len(report.loaded) == len(model.state_dict())
+    assert report.unexpected == (["neck.weight"] if layout == "mm libraries" else [])
+
+
+def test_safetensors(tmp_path):
+    source, model = build(1), build(2)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    load_checkpoint(model, str(tmp_path / "weights.safetensors"))
+    assert untouched(model, source.state_dict())
+
+
+def test_a_file_with_the_official_training_configuration(tmp_path, monkeypatch):
+    """The official code saves a yacs configuration beside the weights."""
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    configuration = module.CfgNode(MODEL=module.CfgNode(NAME="cat_tiny"))
+    configuration.__dict__["__immutable__"] = True
+    source, model = build(1), build(2)
+    torch.save({"model": source.state_dict(), "config": configuration}, tmp_path / "official.pth")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    load_checkpoint(model, tmp_path / "official.pth")
+    assert untouched(model, source.state_dict())
+
+
+@pytest.mark.parametrize("model", [catkernels.CAT, official.CAT], ids=["ours", "official"])
+def test_a_classifier_into_a_backbone_and_back(model):
+    classifier = build(1)
+    backbone = build(2, model, out_indices=(0, 1))
+    report = load_checkpoint(backbone, classifier.state_dict())
+    assert report.unexpected == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert report.missing == [f"norm{i}.{part}" for i in (0, 1) for part in ("weight", "bias")]
+    assert report.converted == {"ape": "(1, 196, 8) -> (1, 8, 14, 14)"}
+    back = build(3, model)
+    report = load_checkpoint(back, backbone.state_dict())
+    assert report.missing == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    for name, value in back.state_dict().items():
+        if name not in report.missing:
+            assert torch.equal(value, classifier.state_dict()[name]), name
+    images = torch.randn(1, 3, 56, 56)
+    maps = [list(m.stage_maps(images))[-1] for m in (classifier.eval(), backbone.eval())]
+    torch.testing.assert_close(*maps)
+
+
+@pytest.mark.parametrize("backbone", [False, True])
+def test_another_image_size(backbone):
+    options = {"out_indices": (1,)} if backbone else {}
+    source, model = build(1, **options), build(2, img_size=(84, 112), **options)
+    with torch.no_grad():
+        source.ape.fill_(0.25)
+    report = load_checkpoint(model, source.state_dict())
+    assert list(report.converted) == ["ape"]
+    torch.testing.assert_close(model.ape, torch.full_like(model.ape, 0.25))
+
+
+def test_another_patch_size():
+    source, model = build(1), build(2, patch_size=5)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"shapes differ: .*cpsa_blocks.* strict=False"):
+        load_checkpoint(model, source.state_dict())
+    assert untouched(model, before)
+    report = load_checkpoint(model, source.state_dict(), strict=False)
+    assert len(report.converted) == 4
+    assert all(name.endswith("relative_position_bias_table") for name in report.converted)
+    assert len(report.mismatched) == 2 * 4
+    assert all(".cpsa_blocks." in name for name in report.mismatched)
+    name = "layers.0.pre_ipsa_blocks.0.attn.relative_position_bias_table"
+    # the middle of the table, no displacement, stays the middle
+    assert model.state_dict()[name][40].sub(source.state_dict()[name][84]).abs() < 0.02
+    assert model.state_dict()["layers.0.pre_ipsa_blocks.0.attn.relative_position_index"].max() == 80
+    assert "mismatched" in str(report)
+
+
+def test_another_number_of_classes():
+    source, model = build(1), build(2, num_classes=3)
+    with pytest.raises(ValueError, match=r"head\.weight \(\(5, 16\) in the state_dict, \(3, 16\)"):
+        load_checkpoint(model, source.state_dict())
+    report = load_checkpoint(model, source.state_dict(), strict=False)
+    assert set(report.mismatched) == {"head.weight", "head.bias"}
+
+
+def test_a_patched_model_loads_as_well():
+    source, model = build(1), build(2, official.CAT)
+    catkernels.patch(model)
+    load_checkpoint(model, source.state_dict())
+    assert untouched(model, source.state_dict())
+
+
+def test_another_variant():
+    deep, model = build(1, depths=(1, 2)), build(2)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"what the model lacks: layers\.1\.pre_ipsa_blocks\.1"):
+        load_checkpoint(model, deep.state_dict())
+    assert untouched(model, before)
+    deep_before = deepcopy(deep.state_dict())
+    with pytest.raises(ValueError, match=r"model has what it lacks: layers\.1\.pre_ipsa_blocks\.1"):
+        load_checkpoint(deep, model.state_dict())
+    assert untouched(deep, deep_before)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("code of the checkpoint ran",))
+
+
+def write(path, how: str) -> None:
+    match how:
+        case "text":
+            path.write_text("not a checkpoint")
+        case "empty":
+            path.write_bytes(b"")
+        case "cut":
+            torch.save(build().state_dict(), path)
+            path.write_bytes(path.read_bytes()[:5000])
+        case "code":
+            torch.save({"model": build().state_dict(), "extra": Malicious()}, path)
+        case "plain pickle":
+            path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
+        case "number":
+            torch.save(3, path)
+        case "other model":
+            torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+        case "lists":
+            torch.save({"weight": [1, 2]}, path)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("text", "is no checkpoint that torch.save wrote"),
+        ("empty", "is no checkpoint that torch.save wrote"),
+        ("cut", "is no checkpoint that torch.save wrote"),
+        ("code", r"not loaded for safety: .*print"),
+        ("plain pickle", "is no checkpoint that torch.save wrote"),
+        ("number", "holds no state_dict but a int"),
+        ("other model", "holds none of the model's weights: it has weight, bias"),
+        ("lists", "'weight' is a list, not a tensor"),
+    ],
+)
+def test_wrong_files(how, message, tmp_path, capsys):
+    file = tmp_path / "weights.pth"
+    write(file, how)
+    model = build()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(model, file)
+    assert untouched(model, before)
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_safetensors_and_missing_files(tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is no safetensors file"):
+        load_checkpoint(build(), tmp_path / "weights.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
+        load_checkpoint(build(), tmp_path / "nothing.pth")
+
+
+def test_the_load_that_the_readme_shows(tmp_path):
+    weights = {"model": official.CAT(**VARIANTS["cat_tiny"]).state_dict(), "epoch": 299}
+    torch.save(weights, tmp_path / "official_layout.pth")
+    backbone = catkernels.cat_tiny(img_size=384, out_indices=(0, 1, 2, 3))
+    report = load_checkpoint(backbone, tmp_path / "official_layout.pth")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f'"official_layout.pth"))\n{report}\n```' in readme
