@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
 import torch
 
+
+def _is_installed(package: str) -> bool:
+    """Whether a package could be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+# Looked up once, on import: a compiled graph could not look it up.
+TRITON_IS_INSTALLED = _is_installed("triton")
 # The device types that Triton compiles for; ROCm's is "cuda" as well.
 KERNEL_DEVICES = ("cuda", "xpu")
 
@@ -15,15 +25,6 @@ KERNEL_DEVICES = ("cuda", "xpu")
 def interpreting() -> bool:
     """Whether Triton's interpreter is on, which runs the kernels on a CPU, for testing."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.cache
-def triton_is_installed() -> bool:
-    """Whether Triton could be imported, without importing it."""
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def best_device() -> torch.device:
@@ -37,7 +38,7 @@ def best_device() -> torch.device:
 def device_reasons(device: torch.device) -> list[str]:
     """Why Triton kernels cannot run on tensors of ``device``; empty where they can."""
     reasons = []
-    if not triton_is_installed():
+    if not TRITON_IS_INSTALLED:
         reasons.append("Triton is not installed")
     if device.type not in KERNEL_DEVICES and not (device.type == "cpu" and interpreting()):
         reasons.append(f"the tensors are on {device.type}, the kernels need cuda or xpu")
