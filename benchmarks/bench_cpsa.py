@@ -14,6 +14,7 @@ import catkernels
 from benchmarks import attention
 from benchmarks.roofline import cpsa_backward_work, cpsa_forward_work
 from catkernels import official
+from catkernels.functional import Backend
 from catkernels.reference import from_patches, pad_to_patches, to_patches
 from catkernels.testing import Shape, make_cpsa_inputs
 
@@ -58,9 +59,11 @@ def sdpa_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
     return attend
 
 
-def catkernels_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
+def catkernels_provider(
+    shape: Shape, inputs: Inputs, backend: Backend = "auto"
+) -> Callable[[], Tensor]:
     """This package, by whatever serves on the device."""
-    return lambda: catkernels.cpsa_attention(**inputs, patch_size=shape.patch_size)
+    return lambda: catkernels.cpsa_attention(**inputs, patch_size=shape.patch_size, backend=backend)
 
 
 def served_by(shape: Shape, inputs: Inputs) -> str:

@@ -19,6 +19,7 @@ from benchmarks import attention
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import ipsa_backward_work, ipsa_forward_work
 from catkernels import official
+from catkernels.functional import Backend
 from catkernels.reference import pad_to_patches, relative_position_bias
 from catkernels.testing import Shape, make_ipsa_inputs
 
@@ -75,13 +76,16 @@ def flex_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
     return lambda: _in_windows(inputs["qkv"], shape, attend)
 
 
-def catkernels_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
+def catkernels_provider(
+    shape: Shape, inputs: Inputs, backend: Backend = "auto"
+) -> Callable[[], Tensor]:
     """This package, by whatever serves on the device."""
     return lambda: catkernels.ipsa_attention(
         inputs["qkv"],
         inputs["bias_table"],
         num_heads=shape.num_heads,
         patch_size=shape.patch_size,
+        backend=backend,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._functorch.config
 
-from benchmarks import machine
+from benchmarks import harness, machine
 from benchmarks.clock import CLOCK, DEVICE
 from catkernels.ops.device import interpreting
 
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="skip the benchmarks that have not begun by then, so that the rest is stored",
+        help="fail the benchmarks that have not begun by then, so that the rest is stored",
     )
 
 
@@ -52,19 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _within_the_time_limit(request: pytest.FixtureRequest) -> None:
     limit_s = request.config.getoption("--time-limit")
     if limit_s is not None and time.monotonic() - request.config.stash[START_S] > limit_s:
-        pytest.skip(f"out of time: not begun within {limit_s:g} s")
+        pytest.fail(f"out of time: not begun within {limit_s:g} s", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
-def _on_one_thread_or_stream() -> Iterator[None]:
-    """One thread on a CPU, to be comparable; one stream of its own on a GPU, to be captured."""
-    if DEVICE.type == "cuda":
-        with torch.cuda.stream(torch.cuda.Stream()):
-            yield
-        return
+def _on_one_thread_and_stream() -> Iterator[None]:
+    """One thread, to be comparable; on a GPU a stream that can be captured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with harness.own_stream():
+        yield
     torch.set_num_threads(threads)
 
 

@@ -8,6 +8,7 @@ the time, and launches are replayed from a CUDA graph so that the host keeps up.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import statistics
 from collections.abc import Callable
@@ -88,8 +89,6 @@ def race(
         flush_cache()
 
     benchmark.pedantic(contender, setup=time_the_official_operations, rounds=rounds)
-    if not benchmark.enabled:
-        return
     seconds, official_s = typical(benchmark.stats.stats.data), typical(first_s)
     noise = official_s / typical(second_s)
     benchmark.extra_info.update(
@@ -116,6 +115,13 @@ def flush_cache() -> None:
     """Queue a write of more memory than the L2 cache of any GPU holds; a CPU's stays as it is."""
     if DEVICE.type != "cpu":
         torch.empty(2**28, dtype=torch.int8, device=DEVICE).zero_()
+
+
+def own_stream() -> contextlib.AbstractContextManager:
+    """A context whose work goes to a stream of its own: the default one cannot be captured."""
+    if DEVICE.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream())
 
 
 def captured(run: Callable[[], object]) -> tuple[Callable[[], object], str]:

@@ -64,11 +64,13 @@ class Stopwatch(SimpleNamespace):
     """In the place of pytest-benchmark's fixture: it remembers what it was asked to time."""
 
     def __init__(self) -> None:
-        super().__init__(extra_info={}, group=None, enabled=False, timed=[])
+        super().__init__(extra_info={}, group=None, enabled=True, timed=[])
 
     def pedantic(self, target, *, setup, rounds):
-        setup()
+        for _ in range(rounds):
+            setup()
         self.timed.append(target)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=[2.0, 1.0, 4.0]))
 
 
 def with_a_wrong(provider: str, subject: attention.Attention) -> attention.Attention:
@@ -93,7 +95,9 @@ def test_a_right_provider_is_timed(subject, direction, provider, monkeypatch):
     stopwatch = Stopwatch()
     attention.run(stopwatch, subject, case, provider)
     assert len(stopwatch.timed) == 1
-    assert stopwatch.extra_info["provider"] == provider
+    info = stopwatch.extra_info
+    assert info["provider"] == provider
+    assert info["speedup"] == pytest.approx(info["official_ms"] / info["contender_ms"])
 
 
 @both
