@@ -124,7 +124,7 @@ def _rows(sweep: str, shapes: list[Shape], dtype: str, directions: str, *provide
 
 def run(benchmark, attention: Attention, case: Case, provider: str) -> None:
     """Judge a provider's results, then time it in turn with the official operations."""
-    inputs = parameters(attention, case.shape, case.dtype)
+    inputs = make_leaves(attention, case.shape, case.dtype)
     attend = _judged(attention, case, provider, inputs)
     official = attention.providers["official"](case.shape, inputs)
     benchmark.group = f"{attention.name} {case.shape} {case.dtype} {case.direction}"
@@ -173,15 +173,21 @@ def _judged(
 
 
 @functools.lru_cache(maxsize=1)
-def parameters(
+def make_leaves(
     attention: Attention,
     shape: Shape,
     dtype: torch.dtype,
     computed_in: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The inputs by name, rounded to ``dtype``, for a computation in another one if need be."""
+    """The inputs by name, rounded to ``dtype``, for a computation in another one if need be.
+
+    As in a model, the map comes first and is a tensor, and everything else is a parameter.
+    """
     inputs = attention.make_inputs(shape, dtype, DEVICE)
-    return {name: nn.Parameter(t.to(computed_in or dtype)) for name, t in inputs.items()}
+    (name, x), *parameters = (
+        (name, tensor.to(computed_in or dtype)) for name, tensor in inputs.items()
+    )
+    return {name: x.requires_grad_()} | {name: nn.Parameter(t) for name, t in parameters}
 
 
 @functools.lru_cache(maxsize=2)
@@ -193,7 +199,7 @@ def official_results(
     with_gradients: bool,
 ) -> dict[str, Tensor]:
     """What the official operations make of the inputs in ``dtype``, computed in another one."""
-    inputs = parameters.__wrapped__(attention, shape, dtype, computed_in)
+    inputs = make_leaves.__wrapped__(attention, shape, dtype, computed_in)
     return results(attention.providers["official"](shape, inputs), inputs, with_gradients)
 
 
@@ -208,7 +214,7 @@ def results(
 ) -> dict[str, Tensor]:
     """The output and, where asked for, the gradients of all inputs, by name."""
     if not with_gradients:
-        with torch.no_grad():
+        with torch.inference_mode():
             return {"output": attend()}
     output = attend()
     gradients = torch.autograd.grad(output, list(inputs.values()), cotangent(output))
@@ -219,10 +225,10 @@ def results(
 def workload(
     direction: str, attend: Callable[[], Tensor], inputs: dict[str, Tensor]
 ) -> Callable[[], object]:
-    """What is timed: the forward pass without gradients, the backward pass alone, or both."""
+    """What is timed: the forward pass in inference mode, the backward pass alone, or both."""
     leaves = list(inputs.values())
     if direction == "forward":
-        return torch.no_grad()(attend)
+        return torch.inference_mode()(attend)
     output = attend()
     grad = cotangent(output)
     if direction == "backward":

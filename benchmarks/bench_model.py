@@ -175,7 +175,7 @@ def _workload(case: Case, model: nn.Module, images: Tensor) -> Callable[[], obje
 
 
 def _infer(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad(), _autocast(images):
+    with torch.inference_mode(), _autocast(images):
         return model(images)
 
 

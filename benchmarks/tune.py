@@ -27,8 +27,8 @@ import torch
 from benchmarks import harness, machine
 from benchmarks.attention import (
     Attention,
+    make_leaves,
     official_results,
-    parameters,
     results,
     workload,
 )
@@ -114,7 +114,7 @@ def tune(table: Table, shape: Shape, dtype: torch.dtype, effort: Effort) -> dict
     Returns:
         The shipped launch, and of each candidate its ``ms`` or why it has none.
     """
-    inputs = parameters(table.attention, shape, dtype)
+    inputs = make_leaves(table.attention, shape, dtype)
     attend = PROVIDERS[table.attention](shape, inputs)
     shipped = _looked_up(table, lambda: workload(table.direction, attend, inputs)())
     if shipped is None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import attention, harness, roofline
+import catkernels.cpu
+from benchmarks import attention, figures, harness, report, roofline
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.roofline import Ceilings, Work
@@ -115,3 +121,115 @@ def test_a_missing_result_is_wrong():
     truth = {"output": torch.ones(2, dtype=torch.float64)}
     with pytest.raises(AssertionError, match="gradient"):
         harness.judge({}, {}, truth | {"gradient": truth["output"]})
+
+
+@both
+def test_inference_on_a_cpu_is_what_users_get(subject, monkeypatch):
+    """A map that is a Parameter, say, would be timed through the reference."""
+    if roofline.DEVICE.type != "cpu":
+        pytest.skip("a GPU has another path")
+    fast, calls = getattr(catkernels.cpu, f"{subject.name}_attention"), []
+
+    def counted(*args, **options):
+        calls.append(args)
+        return fast(*args, **options)
+
+    monkeypatch.setattr(catkernels.cpu, f"{subject.name}_attention", counted)
+    leaves = attention.make_leaves(subject, attention.TRIAL_SHAPE, torch.float32)
+    attend = subject.providers["catkernels"](attention.TRIAL_SHAPE, leaves)
+    attention.workload("forward", attend, leaves)()
+    assert calls
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def stored_run(tmp_path_factory) -> dict:
+    """A run of the smallest shapes of the real sweep, as if there had been no noise."""
+    path = tmp_path_factory.mktemp("runs") / "run.json"
+    done = run_benchmarks("-k", "stages and stage4 and b1-", f"--benchmark-json={path}")
+    assert done.returncode == 0, done.stdout
+    run = json.loads(path.read_text())
+    for benchmark in run["benchmarks"]:
+        benchmark["extra_info"]["void"] = False
+    return run
+
+
+def test_a_stored_run_becomes_tables_and_figures(stored_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(stored_run))
+    report.file([path], tmp_path / "results")
+    (stored,) = (tmp_path / "results").glob("*/run.json")
+    device = report.load(stored.parent)
+    figures.draw(device.rows, device.folder, "a device")
+    rendered = report.render([device])
+    for row in device.rows:
+        if row["provider"] == "catkernels":
+            cell = f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x"
+            assert cell in rendered
+    for name in ("speedup", "roofline"):
+        assert f"{name}.svg)" in rendered
+        assert "catkernels" in (device.folder / f"{name}.svg").read_text()
+    assert ("Not measured yet" in rendered) != device.is_gpu
+
+
+def test_a_trial_is_never_reported(stored_run, tmp_path):
+    trial = tmp_path / "trial.json"
+    trial.write_text(json.dumps(stored_run | {"machine_info": {"device_state": "", "trial": True}}))
+    good = tmp_path / "good.json"
+    good.write_text(json.dumps(stored_run))
+    with pytest.raises(ValueError, match="trial"):
+        report.file([good, trial], tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_report_replaces_what_is_between_its_markers():
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.insert(text, "new")
+    assert once == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.insert(once, "new") == once
+    for broken in ("no markers", report.BEGIN, report.END + report.BEGIN, text + text):
+        with pytest.raises(ValueError, match="needs one"):
+            report.insert(broken, "new")
+
+
+def test_out_of_time_is_a_failure(tmp_path):
+    done = run_benchmarks("--trial", "--time-limit=0", "-k", "ipsa and forward and catkernels")
+    assert done.returncode == 1
+    assert "out of time" in done.stdout
+
+
+def run_parts(*arguments: str, path: str) -> subprocess.CompletedProcess:
+    command = ["bash", str(ROOT / "benchmarks" / "run_gpu.sh"), *arguments]
+    environment = os.environ | {"PATH": path}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=60, check=False
+    )
+
+
+def test_a_part_that_fails_is_named_and_fails_the_run(tmp_path):
+    broken = tmp_path / "python3"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = run_parts(str(tmp_path / "out"), "check", "tune", path=path)
+    assert done.returncode == 1
+    assert "FAILED: check tune" in done.stderr
+    assert "FAILED: check tune" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_an_unknown_part_runs_nothing(tmp_path):
+    done = run_parts(str(tmp_path / "out"), "check", "chekc", path=os.environ["PATH"])
+    assert done.returncode == 2
+    assert "no part is called chekc" in done.stderr
+    assert not (tmp_path / "out" / "log.txt").exists()
