@@ -14,7 +14,7 @@ from catkernels.kernels.ipsa_window import (
     keep_tile,
     load_keys,
     lse_pointers,
-    padding_row,
+    padding_rows,
     pixel_rows,
     window_pixels,
 )
@@ -111,13 +111,13 @@ def ipsa_backward_kernel(
         written = inside
         if qkv_bias_ptr is not None:
             # the padded pixels' rows follow those of the map
-            row = padding_row(tile, height, width, PATCH, WINDOWS, TILE)
-            offset = tl.where(inside, offset, num_pixels - window_pixel + row)
+            rows = padding_rows(tile, height, width, PATCH, WINDOWS, TILE)
+            offset = tl.where(inside, offset, num_pixels - window_pixel + rows)
             written = is_token
         grad_rows = pixel_rows(grad_pixels_ptr, window_pixel, offset, 3 * channels)
 
         for first_dim in tl.range(0, HEAD_DIM, BLOCK_D, num_stages=1):
-            # q, k and do of a head in one piece are those from above: the compiler sees that
+            # where a piece is the whole head the compiler takes q, k and do from above
             channel, in_head = head_channels(head, first_dim, HEAD_DIM, BLOCK_D)
             k_channel = channels + channel
             # [TILE, BLOCK_D]
@@ -157,15 +157,16 @@ def ipsa_table_gradient_kernel(
     """
     head = tl.program_id(0) // (2 * PATCH - 1)
     row = tl.program_id(0) % (2 * PATCH - 1)
+    PIXELS: tl.constexpr = PATCH * PATCH
     # [1, TILE]
     token = tl.arange(0, TILE)[None, :]
-    i = token % (PATCH * PATCH)
+    i = token % PIXELS
     # [BLOCK_X, 1]
     column = tl.arange(0, BLOCK_X)[:, None]
     # [BLOCK_X, TILE]
     y = i // PATCH - (row - (PATCH - 1))
     x = i % PATCH - (column - (PATCH - 1))
-    mask = (y >= 0) & (y < PATCH) & (x >= 0) & (x < PATCH) & (token < WINDOWS * PATCH * PATCH)
+    mask = (y >= 0) & (y < PATCH) & (x >= 0) & (x < PATCH) & (token < WINDOWS * PIXELS)
     pair = (head * TILE + token) * TILE + (token - i) + y * PATCH + x
     grad_bias = tl.load(grad_bias_ptr + pair, mask=mask, other=0.0)
     # [BLOCK_X, 1]

@@ -11,6 +11,27 @@ from catkernels.kernels.tiles import keep_word
 
 
 @triton.jit
+def window_position(
+    tile, height, width, PATCH: tl.constexpr, WINDOWS: tl.constexpr, TILE: tl.constexpr
+):
+    """Image, top and left of the window of each token of a tile, and the token's y and x in it.
+
+    The window's are scalars for a tile of one window and [TILE] for several, the token's [TILE].
+    """
+    PIXELS: tl.constexpr = PATCH * PATCH
+    token = tl.arange(0, TILE)
+    window = tile
+    if WINDOWS > 1:
+        window = tile * WINDOWS + token // PIXELS
+    columns = tl.cdiv(width, PATCH)
+    rows = tl.cdiv(height, PATCH)
+    image = window // (rows * columns)
+    top = window // columns % rows * PATCH
+    left = window % columns * PATCH
+    return image, top, left, token % PIXELS // PATCH, token % PIXELS % PATCH
+
+
+@triton.jit
 def window_pixels(
     tile,
     height,
@@ -30,52 +51,35 @@ def window_pixels(
         inside: [TILE], whether the token is a pixel of the map.
         is_token: [TILE], whether the token is a pixel of a window, inside or beside the map.
     """
+    PIXELS: tl.constexpr = PATCH * PATCH
+    image, top, left, y, x = window_position(tile, height, width, PATCH, WINDOWS, TILE)
     token = tl.arange(0, TILE)
-    y = token % (PATCH * PATCH) // PATCH
-    x = token % PATCH if WINDOWS == 1 else token % (PATCH * PATCH) % PATCH
-    is_token = token < WINDOWS * PATCH * PATCH
-    window = tile
+    is_token = token < WINDOWS * PIXELS
     if WINDOWS > 1:
-        window = tile * WINDOWS + token // (PATCH * PATCH)
-        is_token &= window < num_windows
-
-    columns = tl.cdiv(width, PATCH)
-    rows = tl.cdiv(height, PATCH)
-    image = window // (rows * columns)
-    top = window // columns % rows * PATCH
-    left = window % columns * PATCH
-    window_pixel = (tl.cast(image, tl.int64) * height + top) * width + left
+        is_token &= tile * WINDOWS + token // PIXELS < num_windows
     inside = is_token
     if PADDED:
         inside = is_token & (top + y < height) & (left + x < width)
+    window_pixel = (tl.cast(image, tl.int64) * height + top) * width + left
     return window_pixel, y * width + x, inside, is_token
 
 
 @triton.jit
-def padding_row(
-    tile,
-    height,
-    width,
-    PATCH: tl.constexpr,
-    WINDOWS: tl.constexpr,
-    TILE: tl.constexpr,
+def padding_rows(
+    tile, height, width, PATCH: tl.constexpr, WINDOWS: tl.constexpr, TILE: tl.constexpr
 ):
-    """Number [TILE] of each token among the padded pixels of all images; only of use for those.
+    """Number [TILE], int64, of each token among the padded pixels of all images; for those only.
 
     In an image the pixels to the right of the map come first, row by row, then those below it.
     """
-    token = tl.arange(0, TILE)
-    columns = tl.cdiv(width, PATCH)
-    rows = tl.cdiv(height, PATCH)
-    window = tile * WINDOWS + token // (PATCH * PATCH)
-    y = window // columns % rows * PATCH + token % (PATCH * PATCH) // PATCH
-    x = window % columns * PATCH + token % (PATCH * PATCH) % PATCH
-    right = columns * PATCH - width
-    below = rows * PATCH - height
-    beside = rows * PATCH * right
-    row = tl.where(x >= width, y * right + x - width, beside + (y - height) * width + x)
-    image = window // (rows * columns)
-    return image.to(tl.int64) * (beside + below * width) + row
+    image, top, left, y, x = window_position(tile, height, width, PATCH, WINDOWS, TILE)
+    y += top
+    x += left
+    right = tl.cdiv(width, PATCH) * PATCH - width
+    below = tl.cdiv(height, PATCH) * PATCH - height
+    num_right = (height + below) * right
+    row = tl.where(x >= width, y * right + x - width, num_right + (y - height) * width + x)
+    return tl.cast(image, tl.int64) * (num_right + below * width) + row
 
 
 @triton.jit
@@ -113,10 +117,11 @@ def lse_pointers(
     TILE: tl.constexpr,
 ):
     """Pointers [TILE] to the tokens' log-sum-exp in (windows, heads, N*N)."""
+    PIXELS: tl.constexpr = PATCH * PATCH
     token = tl.arange(0, TILE)
     first_row = tl.cast(tile, tl.int64) * (WINDOWS * num_heads) + head
-    row = token // (PATCH * PATCH) * num_heads
-    return lse_ptr + first_row * (PATCH * PATCH) + (row * (PATCH * PATCH) + token % (PATCH * PATCH))
+    row = token // PIXELS * num_heads
+    return lse_ptr + first_row * PIXELS + (row * PIXELS + token % PIXELS)
 
 
 @triton.jit
@@ -134,15 +139,16 @@ def bias_tile(
     Rows that hold no token stand for window 0, which keeps their softmax finite: nothing is read
     from them, but NaN would spread through the products.
     """
+    PIXELS: tl.constexpr = PATCH * PATCH
     token = tl.arange(0, TILE)
-    window = token // (PATCH * PATCH)
+    window = token // PIXELS
     row_window = tl.where(window < WINDOWS, window, 0)
     # [TILE, TILE]
     together = row_window[:, None] == window[None, :]
     bias = tl.zeros([TILE, TILE], tl.float32)
     if table_ptr is not None:
-        y = token % (PATCH * PATCH) // PATCH
-        x = token % (PATCH * PATCH) % PATCH
+        y = token % PIXELS // PATCH
+        x = token % PIXELS % PATCH
         dy = y[:, None] - y[None, :] + PATCH - 1
         dx = x[:, None] - x[None, :] + PATCH - 1
         entry = (dy * (2 * PATCH - 1) + dx) * num_heads + head
@@ -161,13 +167,14 @@ def keep_tile(
     TILE: tl.constexpr,
 ):
     """Which attention weights [TILE, TILE] dropout keeps, by their place in their window."""
+    PIXELS: tl.constexpr = PATCH * PATCH
     token = tl.arange(0, TILE)
-    pixel = token % (PATCH * PATCH)
-    window = tile * WINDOWS + token // (PATCH * PATCH)
+    pixel = token % PIXELS
+    window = tile * WINDOWS + token // PIXELS
     heads = head + tl.zeros([TILE], tl.int32)
     # [TILE, 1]
     word = keep_word(seed, threshold, 0, pixel, heads, window)[:, None]
-    if PATCH * PATCH > 32:
+    if PIXELS > 32:
         upper = keep_word(seed, threshold, 32, pixel, heads, window)[:, None]
         # [TILE, TILE]
         word = tl.where((pixel < 32)[None, :], word, upper)

@@ -95,9 +95,11 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         qkv, _, qkv_bias, *_ = saved
         _, needs_table, needs_qkv_bias, *_ = ctx.needs_input_grad
-        grad_pixels, grad_table = _AttentionGradient.apply(
-            grad_out, *saved, needs_table, *ctx.problem
-        )
+        gradient = torch.ops.catkernels.ipsa_backward
+        # a compiled graph refuses to be differentiated twice by itself
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradient = _AttentionGradient.apply
+        grad_pixels, grad_table = gradient(grad_out, *saved, needs_table, *ctx.problem)
         pixels = qkv.shape[:-1].numel()
         grad_qkv = grad_pixels[:pixels].view(qkv.shape)
         grad_qkv_bias = None
@@ -125,6 +127,9 @@ class _AttentionGradient(torch.autograd.Function):
         )
 
 
+# The operators end in the arguments of a problem: num_heads, patch_size, scale and dropout_p.
+
+
 def _forward(qkv, bias_table, qkv_bias, seed, save_lse, *problem):
     out, lse = _forward_outputs(qkv, bias_table, qkv_bias, seed, save_lse, *problem)
     if out.numel():
@@ -135,75 +140,64 @@ def _forward(qkv, bias_table, qkv_bias, seed, save_lse, *problem):
     return out, lse
 
 
-def _forward_outputs(
-    qkv, bias_table, qkv_bias, seed, save_lse, num_heads, patch_size, scale, dropout_p
-):
+def _forward_outputs(qkv, bias_table, qkv_bias, seed, save_lse, *problem):
     """The map (B, H, W, C) and the log-sum-exp (windows, heads, N*N), not written yet."""
-    batch, height, width, channels = qkv.shape
-    windows = batch * _num_windows(height, width, patch_size) if save_lse else 0
-    out = qkv.new_empty((batch, height, width, channels // 3))
+    num_heads, patch_size, *_ = problem
+    windows = _num_windows(qkv.shape, patch_size) if save_lse else 0
+    out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     return out, qkv.new_empty((windows, num_heads, patch_size**2), dtype=torch.float32)
 
 
 def _backward(grad_out, qkv, bias_table, qkv_bias, seed, lse, needs_table, *problem):
     tensors = (grad_out, qkv, bias_table, qkv_bias)
-    outputs = _backward_outputs(*tensors, seed, lse, needs_table, *problem)
-    grad_pixels, grad_table = outputs
+    grad_pixels, grad_table = _backward_outputs(*tensors, seed, lse, needs_table, *problem)
     if grad_pixels.numel():
         from catkernels.kernels.ipsa_backward import ipsa_backward
 
-        lse = lse if lse.numel() else None
-        grad_table = grad_table if needs_table else None
-        ipsa_backward(*_contiguous(*tensors), seed, lse, grad_pixels, grad_table, *problem)
+        ipsa_backward(
+            *_contiguous(*tensors),
+            seed,
+            lse if lse.numel() else None,
+            grad_pixels,
+            grad_table if needs_table else None,
+            *problem,
+        )
     else:
         grad_table.zero_()
-    return outputs
+    return grad_pixels, grad_table
 
 
-def _backward_outputs(
-    grad_out,
-    qkv,
-    bias_table,
-    qkv_bias,
-    seed,
-    lse,
-    needs_table,
-    num_heads,
-    patch_size,
-    scale,
-    dropout_p,
-):
+def _backward_outputs(grad_out, qkv, bias_table, qkv_bias, seed, lse, needs_table, *problem):
     """Gradients of q, k, v (pixels, 3C) and of the table, not written yet; empty if not needed.
 
     The pixels are those of the map and then, where they have a bias, the padded ones.
     """
-    batch, height, width, channels = qkv.shape
-    pixels = batch * height * width
+    _, patch_size, *_ = problem
+    pixels = qkv.shape[0] * qkv.shape[1] * qkv.shape[2]
     if qkv_bias is not None:
-        pixels = batch * _num_windows(height, width, patch_size) * patch_size**2
+        pixels = _num_windows(qkv.shape, patch_size) * patch_size**2
     grad_table = bias_table.new_empty(bias_table.shape) if needs_table else qkv.new_empty(0)
-    return qkv.new_empty((pixels, channels)), grad_table
+    return qkv.new_empty((pixels, qkv.shape[3])), grad_table
 
 
-def _num_windows(height: int, width: int, patch_size: int) -> int:
-    """Windows of an image, those that reach beyond it included."""
-    return -(-height // patch_size) * -(-width // patch_size)
+def _num_windows(shape: torch.Size, patch_size: int) -> int:
+    """Windows of a batch of maps (B, H, W, 3C), those that reach beyond a map included."""
+    batch, height, width, _ = shape
+    return batch * -(-height // patch_size) * -(-width // patch_size)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _forward_flops(qkv_shape, *arguments, out_shape=None, **_) -> int:
-    """Two products of the windows' N*N x N*N weights, padded pixels included."""
-    batch, height, width, channels = qkv_shape
-    patch_size = arguments[-3]
-    windows = batch * _num_windows(height, width, patch_size)
-    return 2 * 2 * windows * patch_size**4 * (channels // 3)
+def _forward_flops(qkv_shape, *arguments, **_) -> int:
+    """Two products with the windows' N*N x N*N weights, padded pixels included."""
+    *_, patch_size, _, _ = arguments
+    return 2 * 2 * _num_windows(qkv_shape, patch_size) * patch_size**4 * (qkv_shape[3] // 3)
 
 
-def _backward_flops(grad_shape, qkv_shape, *arguments, out_shape=None, **_) -> int:
-    """Five products: the scores again, and one for each of the two factors of either product."""
+def _backward_flops(grad_shape, qkv_shape, *arguments, **_) -> int:
+    """Five products: the scores again, and one for each factor of the forward pass's two."""
     return _forward_flops(qkv_shape, *arguments) // 2 * 5
 
 
