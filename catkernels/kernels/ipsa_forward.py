@@ -119,8 +119,8 @@ def ipsa_forward(
         lse: written; (windows, heads, N*N) float32, or None.
     """
     with on_device(qkv.device):
-        problem = Problem.of(qkv, num_heads, patch_size)
-        launch = problem.forward_launch(qkv.device)
+        problem = Problem.of(qkv, num_heads, patch_size, scale, dropout_p)
+        launch = problem.forward_launch
         ipsa_forward_kernel[(problem.num_chunks * num_heads,)](
             qkv,
             bias_table,
@@ -128,7 +128,7 @@ def ipsa_forward(
             seed,
             out,
             lse,
-            **problem.arguments(scale, dropout_p),
+            **problem.arguments,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

@@ -45,10 +45,10 @@ FORWARD = {
 }
 
 BACKWARD = {
-    # Weights, their gradient and its sum take 96 registers of a thread; Ampere has none left for
-    # a second stage, Hopper has unless the map is padded.
+    # Weights, their gradient and its sum take 96 registers of a thread. That leaves none for a
+    # second stage on Ampere; on Hopper it does unless padding or dropout takes them.
     "half": {AMPERE: Launch(4, 1), HOPPER: Launch(4, 2), BLACKWELL: Launch(8, 1)},
-    "padded half": {AMPERE: Launch(4, 1), BLACKWELL: Launch(8, 1)},
+    "padded or dropped half": {AMPERE: Launch(4, 1), BLACKWELL: Launch(8, 1)},
     "wide half": {AMPERE: Launch(8, 1), CDNA: Launch(4, 1)},
     "tf32": {AMPERE: Launch(8, 1)},
     "ieee": {AMPERE: Launch(16, 1), CDNA: Launch(4, 1)},
@@ -65,16 +65,22 @@ class Problem:
     num_heads: int
     head_dim: int
     patch_size: int
+    scale: float
+    dropout_p: float
     dtype: torch.dtype
+    device: torch.device
     precision: str
 
     @classmethod
-    def of(cls, qkv: Tensor, num_heads: int, patch_size: int) -> Problem:
+    def of(
+        cls, qkv: Tensor, num_heads: int, patch_size: int, scale: float, dropout_p: float
+    ) -> Problem:
         """The problem of a map (B, H, W, 3C), whose device must be the current one."""
         *sizes, channels = qkv.shape
         head_dim = channels // (3 * num_heads)
         precision = dot_precision(qkv.dtype, qkv.device)
-        return cls(*sizes, num_heads, head_dim, patch_size, qkv.dtype, precision)
+        options = (scale, dropout_p, qkv.dtype, qkv.device, precision)
+        return cls(*sizes, num_heads, head_dim, patch_size, *options)
 
     @property
     def num_windows(self) -> int:
@@ -95,20 +101,20 @@ class Problem:
     def padded(self) -> bool:
         return self.height % self.patch_size != 0 or self.width % self.patch_size != 0
 
-    def arguments(self, scale: float, dropout_p: float) -> dict[str, int | float | str]:
+    @property
+    def arguments(self) -> dict[str, int | float | str]:
         """The arguments by value and the constants that both kernels take."""
-        half = self.dtype.itemsize == 2
         # scores in units of log 2 save a product per weight; float32 would feel their rounding
-        score_unit = math.log2(math.e) if half else 1.0
+        score_unit = 1.0 if self.dtype == torch.float32 else math.log2(math.e)
         # dropout decides by 16 random bits, and rescales by what that makes of its probability
-        drop_threshold = min(round(dropout_p * 2**16), 2**16 - 1)
+        drop_threshold = min(round(self.dropout_p * 2**16), 2**16 - 1)
         block_d = max(16, triton.next_power_of_2(self.head_dim))
         return {
             "height": self.height,
             "width": self.width,
             "num_heads": self.num_heads,
             "num_windows": self.num_windows,
-            "score_scale": scale * score_unit,
+            "score_scale": self.scale * score_unit,
             "drop_threshold": drop_threshold,
             "keep_scale": 2**16 / (2**16 - drop_threshold),
             "PATCH": self.patch_size,
@@ -121,13 +127,18 @@ class Problem:
             "SCORE_UNIT": score_unit,
         }
 
-    def forward_launch(self, device: torch.device) -> Launch:
-        return pick(FORWARD[self._kind()], device)
+    @property
+    def forward_launch(self) -> Launch:
+        return pick(FORWARD[self._kind], self.device)
 
-    def backward_launch(self, device: torch.device) -> Launch:
-        kind = self._kind()
-        return pick(BACKWARD["padded half" if kind == "half" and self.padded else kind], device)
+    @property
+    def backward_launch(self) -> Launch:
+        kind = self._kind
+        if kind == "half" and (self.padded or self.dropout_p):
+            kind = "padded or dropped half"
+        return pick(BACKWARD[kind], self.device)
 
+    @property
     def _kind(self) -> str:
         if self.dtype == torch.float32:
             return self.precision
