@@ -52,6 +52,8 @@ BACKWARD = {
     "wide half": {AMPERE: Launch(8, 1), CDNA: Launch(4, 1)},
     "tf32": {AMPERE: Launch(8, 1)},
     "ieee": {AMPERE: Launch(16, 1), CDNA: Launch(4, 1)},
+    # a head of several pieces keeps more between them than 16 warps have registers for
+    "ieee in pieces": {AMPERE: Launch(8, 1), CDNA: Launch(4, 1)},
 }
 
 
@@ -136,6 +138,8 @@ class Problem:
         kind = self._kind
         if kind == "half" and (self.padded or self.dropout_p):
             kind = "padded or dropped half"
+        if kind == "ieee" and self.head_dim > MAX_BLOCK_D[self.dtype.itemsize]:
+            kind = "ieee in pieces"
         return pick(BACKWARD[kind], self.device)
 
     @property
