@@ -131,14 +131,13 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
             assert kernel["matrix_products"] > 0
     forward, backward = kernels
     if bits == 16 and target.startswith("sm_") and configuration.head_dim >= 32:
-        # the map moves 16 bytes at a time; of the narrow accesses, one in a tile's row is the
-        # log-sum-exp's, and where the map is padded two are those of the qkv bias
+        # the map moves 16 bytes at a time; the few narrow accesses are the log-sum-exp's and,
+        # where the map is padded, the qkv bias's
         for kernel in kernels:
             access = kernel["loop_global_access"]
-            narrow = {width: n for width, n in access.items() if not width.endswith("128")}
-            assert sum(narrow.values()) <= (4 if configuration.padded else 2), kernel
-            assert access["load128"] >= 3
-            assert access["store128"] >= 1
+            narrow = sum(n for width, n in access.items() if not width.endswith("128"))
+            assert narrow < access["load128"], (configuration, kernel)
+            assert access["store128"] >= 1, (configuration, kernel)
     if bits == 16 and configuration.head_dim == 32 and configuration.patch_size in (7, 8):
         both = configuration.padded and configuration.dropout
         # Triton 3.6 has 3 registers too few for dropout on Ampere
