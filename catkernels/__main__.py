@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
@@ -34,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="run a CAT on a photo, as it is and patched")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
     demo.add_argument("--model", choices=VARIANTS, default="cat_small", help="default: %(default)s")
-    demo.add_argument("--size", type=_side, default=224, help="side of the image; %(default)s")
-    demo.add_argument("--batch", type=_side, default=8, help="copies of it; %(default)s")
+    demo.add_argument("--size", type=_up_to(4096), default=224, help="its side; %(default)s")
+    demo.add_argument("--batch", type=_up_to(1024), default=8, help="copies of it; %(default)s")
     demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random by default")
     demo.add_argument(
         "--save",
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, MemoryError) as error:
         print(f"{parser.prog} {options.command}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -57,14 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _side(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+def _up_to(most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
+        return int(text)
+
+    return parse
 
 
 def _info(_options: argparse.Namespace) -> None:

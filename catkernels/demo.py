@@ -58,12 +58,14 @@ def run(
     """
     if save.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
+    if not save.parent.is_dir():
+        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
     photo = _load_photo(image, size)
     device = best_device()
     torch.manual_seed(0)
     network = official.CAT(**VARIANTS[model], img_size=size, out_indices=(0, 1, 2, 3))
     if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
+        print(load_checkpoint(network, checkpoint))
     network = network.to(device).eval()
     images = _normalised(photo).repeat(batch, 1, 1, 1).to(device)
 
@@ -84,12 +86,21 @@ def _load_photo(path: Path | None, size: int) -> PIL.Image.Image:
     else:
         try:
             with PIL.Image.open(path) as opened:
-                photo = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+                photo = _in_8_bits(PIL.ImageOps.exif_transpose(opened)).convert("RGB")
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"cannot read the image {path}: {error}") from error
     side = min(photo.size)
     left, top = (photo.width - side) // 2, (photo.height - side) // 2
     return photo.resize((size, size), box=(left, top, left + side, top + side))
+
+
+def _in_8_bits(photo: PIL.Image.Image) -> PIL.Image.Image:
+    """Deeper pixels, which Pillow would clip, scaled from their range to 0 .. 255."""
+    if not photo.mode.startswith(("I", "F")):
+        return photo
+    pixels = np.asarray(photo, dtype=np.float64)
+    low, high = pixels.min(), pixels.max()
+    return PIL.Image.fromarray(np.uint8(255 * (pixels - low) / max(high - low, 1e-9)))
 
 
 def _normalised(photo: PIL.Image.Image) -> Tensor:
@@ -156,7 +167,8 @@ def _peak_mib(work: Callable[[], object]) -> float | None:
         start = _status_kib("VmRSS")
         work()
         return (_status_kib("VmHWM") - start) / 2**10
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
+        # no such files, or no such function, on this system
         return None
 
 
