@@ -1,0 +1,213 @@
+"""Launches of the CPSA kernels: the problem as the kernels see it, and the launch tables.
+
+The reasons are resources of the compiled kernels under Triton 3.6 and 3.8, which
+tests/test_cpsa_resources.py asserts: a thread has 255 registers, and what spills goes to memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from catkernels.kernels.launch import (
+    AMPERE,
+    CDNA,
+    Launch,
+    architecture,
+    dot_precision,
+)
+
+TILE = 64  # tokens of a tile, and the most patches that a tile holds
+
+# Persistent programs of a backward pass, each with its own sum of the weights' gradients: two for
+# each multiprocessor of an H100, on every device, so that the order of sums is always the same.
+PROGRAMS = 264
+
+# Large maps are copied to tokens and back in blocks of 16 patches of 16 channels: whole sectors of
+# 32 bytes of the map, 128 bytes of a token.
+COPY_PATCHES, COPY_CHANNELS = 16, 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of one call."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, x: Tensor, patch_size: int) -> Problem:
+        return cls(*x.shape, patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        return -(-self.height // self.patch_size) * -(-self.width // self.patch_size)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.batch * self.channels
+
+    @property
+    def padded(self) -> bool:
+        return self.height % self.patch_size != 0 or self.width % self.patch_size != 0
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets into one image need 64 bits."""
+        return self.height * self.width * self.channels >= 2**31
+
+    def map_arguments(self) -> dict:
+        """The arguments of kernels that address the map."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_patches": self.num_patches,
+            "CHANNELS": self.channels,
+            "PATCH": self.patch_size,
+            "PADDED": self.padded,
+            "WIDE": self.wide,
+        }
+
+    def token_arguments(self) -> dict:
+        """The arguments of kernels that address tokens."""
+        return {"num_channels": self.channels, "num_patches": self.num_patches}
+
+
+def attention_arguments(seed: Tensor | None, dropout_p: float, dtype: torch.dtype, device) -> dict:
+    """The arguments of kernels that attend."""
+    # dropout decides with 16 random bits, and rescales by what that makes of its probability
+    drop_threshold = min(round(dropout_p * 2**16), 2**16 - 1)
+    return {
+        "seed_ptr": seed,
+        "drop_threshold": drop_threshold,
+        "keep_scale": 2**16 / (2**16 - drop_threshold),
+        "PRECISION": dot_precision(dtype, device),
+    }
+
+
+@dataclass(frozen=True)
+class TileLaunch(Launch):
+    """How a kernel is launched on tiles of the map."""
+
+    block_c: int
+    patches_low: int  # patches whose pixels different threads own
+    patches_high: int = 1  # times as many that one thread owns
+    reload: bool = False
+
+    def constants(self) -> dict:
+        return {
+            "BLOCK_C": self.block_c,
+            "PATCHES_HIGH": self.patches_high,
+            "PATCHES_LOW": self.patches_low,
+            "RELOAD": self.reload,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def forward_launch(problem: Problem, dtype: torch.dtype, device) -> TileLaunch | None:
+    """The launch of the packed forward kernel, or None where tokens serve better."""
+    if problem.num_patches > TILE:
+        return None
+    arch = architecture(device)
+    patches = triton.next_power_of_2(problem.num_patches)
+    if dtype == torch.float32:
+        # float32 operands are twice as large, and exact products take a register for each term:
+        # one group to a tile
+        if patches > 16:
+            return None
+        return TileLaunch(num_warps=8, num_stages=1, block_c=TILE // patches, patches_low=patches)
+    reload = arch == AMPERE
+    if patches == TILE:
+        # Ampere's operands live in registers: eight groups spill there (104 bytes)
+        if arch == AMPERE:
+            return None
+        warps, high = (4, 4) if arch == CDNA else (8, 2)
+        return TileLaunch(warps, 1, 8, patches // high, high, reload)
+    return TileLaunch(4, 1, max(8, TILE // patches), patches, 1, reload)
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """One launch of a backward kernel: the gradients it gives, and how it is launched."""
+
+    gives: tuple[str, ...]  # of x, of the scores' weights, of the values' weights
+    block_c: int = 1
+    patches: int = TILE
+    num_warps: int = 4
+
+    def is_wanted(self, wants_x: bool, wants_weights: bool) -> bool:
+        return any(self.constants(wants_x, wants_weights)[f"GIVE_{g.upper()}"] for g in self.gives)
+
+    def constants(self, wants_x: bool, wants_weights: bool) -> dict:
+        return {
+            "GIVE_X": wants_x and "x" in self.gives,
+            "GIVE_SCORE": wants_weights and "score" in self.gives,
+            "GIVE_VALUE": wants_weights and "value" in self.gives,
+            "num_warps": self.num_warps,
+            "num_stages": 1,
+        }
+
+    def map_constants(self, wants_x: bool, wants_weights: bool) -> dict:
+        return {
+            "BLOCK_C": self.block_c,
+            "PATCHES_HIGH": 1,
+            "PATCHES_LOW": self.patches,
+            **self.constants(wants_x, wants_weights),
+        }
+
+
+def backward_takes_tokens(problem: Problem, dtype: torch.dtype, device) -> bool:
+    return problem.num_patches > 16
+
+
+def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[BackwardPass, ...]:
+    arch = architecture(device)
+    patches = triton.next_power_of_2(problem.num_patches)
+    block_c = max(8, TILE // patches)
+    if arch == AMPERE and patches > 1:
+        return (
+            BackwardPass(("x",), block_c, patches),
+            BackwardPass(("score",), TILE // patches, patches),
+            BackwardPass(("value",), block_c, patches),
+        )
+    if patches == 16:
+        return (
+            BackwardPass(("x",), block_c, patches),
+            BackwardPass(("score", "value"), block_c, patches),
+        )
+    return (BackwardPass(("x", "score", "value"), block_c, patches),)
+
+
+@dataclass(frozen=True)
+class FlashLaunch(Launch):
+    """How a flash kernel is launched."""
+
+    block_q: int
+    block_k: int
+
+    def constants(self) -> dict:
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def flash_forward_launch(dtype: torch.dtype, device) -> FlashLaunch:
+    if dtype == torch.float32:
+        return FlashLaunch(8, 1, 64, 64)
+    return FlashLaunch(4, 2, 64, 64)
+
+
+def flash_backward_launch(dtype: torch.dtype, device) -> FlashLaunch:
+    if dtype == torch.float32:
+        return FlashLaunch(8, 1, 64, 64)
+    return FlashLaunch(4, 1, 32 if architecture(device) == AMPERE else 64, 64)
