@@ -214,22 +214,19 @@ def _tile_gradients(
     matrices_ptr, constants_ptr = weights
     seed_ptr, _, _ = dropout
     score_grad, value_grad, score_constant_grad, value_constant_grad, out_constant_grad = gradients
-    if seed_ptr is not None:
-        factor = tile_dropout(dropout, image, first_channel, PATCHES)
-
+    factor = tile_dropout(dropout, image, first_channel, PATCHES)
     if PATCHES > 1:
         query = dot(x, load_matrix(matrices_ptr, True), PRECISION)
         query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(dtype)
         score_scale = tl.load(constants_ptr + SCORE_SCALE)
         # [ROWS, ROWS]
         attention = tile_softmax(query, x, num_patches, score_scale, PATCHES, PRECISION)
-        dropped = attention * factor if seed_ptr is not None else attention
+        dropped = attention * factor
 
     if GIVE_VALUE:
-        attended = x
         if PATCHES > 1:
             attended = dot(dropped.to(dtype), x, PRECISION).to(dtype)
-        elif seed_ptr is not None:
+        else:
             attended = (x * factor).to(dtype)
         value_grad += dot(tl.trans(attended), grad, PRECISION)
         out_constant_grad += sum_rows(grad)
@@ -243,9 +240,7 @@ def _tile_gradients(
         # [ROWS, PIXELS]
         attended_grad = dot(grad, tl.trans(load_matrix(matrices_ptr + MATRIX, True)), PRECISION)
         if PATCHES == 1:
-            dx = attended_grad * value_scale
-            if seed_ptr is not None:
-                dx *= factor
+            dx = attended_grad * value_scale * factor
         else:
             attended_grad = attended_grad.to(dtype)
             # [ROWS, ROWS]
@@ -253,7 +248,7 @@ def _tile_gradients(
             if seed_ptr is not None:
                 value_constant = load_constants(constants_ptr + VALUE_CONSTANT)
                 attention_grad += tl.sum(grad * value_constant, 1)[:, None] / value_scale
-                attention_grad *= factor
+            attention_grad *= factor
             delta = tl.sum(attention * attention_grad, 1)[:, None]
             scores_grad = (attention * (attention_grad - delta)).to(dtype)
             # [ROWS, PIXELS]

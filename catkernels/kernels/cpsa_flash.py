@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa_launch import Problem, flash_forward_launch
-from catkernels.kernels.cpsa_tiles import PIXELS, keep_tile
+from catkernels.kernels.cpsa_tiles import PIXELS, dropout_factor
 from catkernels.kernels.cpsa_tokens import load_tokens, store_tokens
 from catkernels.kernels.cpsa_weights import (
     MATRIX,
@@ -64,8 +64,10 @@ def cpsa_flash_forward_kernel(
         first_query,
         num_channels,
         num_patches,
-        BLOCK_K,
-        PRECISION,
+        attended_grad=None,
+        constant_grad=None,
+        BLOCK_K=BLOCK_K,
+        PRECISION=PRECISION,
     )
     out = dot(attended.to(x.dtype), load_matrix(matrices_ptr + MATRIX, False), PRECISION)
     out = out * tl.load(constants_ptr + VALUE_SCALE) + load_constants(constants_ptr + OUT_CONSTANT)
@@ -84,21 +86,30 @@ def attend_keys(
     first_query,
     num_channels,
     num_patches,
+    attended_grad,
+    constant_grad,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attention of queries (BLOCK_Q, PIXELS) to all the tokens of their sequence.
 
+    Args:
+        attended_grad: (BLOCK_Q, PIXELS), the gradient of what they attend to; None in the forward
+            pass.
+        constant_grad: (BLOCK_Q,), what `block_attention_grad` adds to it.
+
     Returns:
         attended: (BLOCK_Q, PIXELS).
         total: (BLOCK_Q,), the sum of the weights that dropout left; of no use without dropout.
-        log_sum: (BLOCK_Q,), log2 of the softmax's sum.
+        statistics: each (BLOCK_Q,), the maximum of the scores and the inverse of the sum of their
+            exponentials (their one logarithm would round away what large scores leave of a
+            weight), and the weighted sum of the weights' gradients.
     """
     BLOCK_Q: tl.constexpr = query.shape[0]
-    seed_ptr, _, keep_scale = dropout
     maximum = tl.full([BLOCK_Q], -float("inf"), tl.float32)
     exp_sum = tl.zeros([BLOCK_Q], tl.float32)
     kept_sum = tl.zeros([BLOCK_Q], tl.float32)
+    delta = tl.zeros([BLOCK_Q], tl.float32)
     attended = tl.zeros([BLOCK_Q, PIXELS], tl.float32)
     for first_key in range(0, num_patches, BLOCK_K):
         # [BLOCK_K, PIXELS]
@@ -107,20 +118,23 @@ def attend_keys(
         scores = block_scores(query, keys, score_scale, first_key, num_patches, PRECISION)
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         attention = tl.exp2(scores - new_maximum[:, None])
+        factor = block_dropout(
+            dropout, sequence, first_query, first_key, num_channels, BLOCK_Q, BLOCK_K
+        )
         rescale = tl.exp2(maximum - new_maximum)
         exp_sum = exp_sum * rescale + tl.sum(attention, 1)
-        if seed_ptr is not None:
-            keep = block_keep(
-                dropout, sequence, first_query, first_key, num_channels, BLOCK_Q, BLOCK_K
+        if attended_grad is not None:
+            attention_grad = block_attention_grad(
+                keys, attended_grad, constant_grad, factor, PRECISION
             )
-            attention = tl.where(keep, attention, 0.0)
-            kept_sum = kept_sum * rescale + tl.sum(attention, 1)
+            delta = delta * rescale + tl.sum(attention * attention_grad, 1)
+        attention *= factor
+        kept_sum = kept_sum * rescale + tl.sum(attention, 1)
         attended = attended * rescale[:, None] + dot(attention.to(keys.dtype), keys, PRECISION)
         maximum = new_maximum
     normaliser = 1.0 / exp_sum
-    if seed_ptr is not None:
-        normaliser *= keep_scale
-    return attended * normaliser[:, None], kept_sum * normaliser, maximum + tl.log2(exp_sum)
+    statistics = (maximum, normaliser, delta * normaliser)
+    return attended * normaliser[:, None], kept_sum * normaliser, statistics
 
 
 @triton.jit
@@ -132,7 +146,14 @@ def block_scores(query, keys, score_scale, first_key, num_patches, PRECISION: tl
 
 
 @triton.jit
-def block_keep(
+def block_attention_grad(keys, attended_grad, constant_grad, factor, PRECISION: tl.constexpr):
+    """The gradient of attention weights (BLOCK_Q, BLOCK_K) before dropout."""
+    attention_grad = dot(attended_grad, tl.trans(keys), PRECISION)
+    return (attention_grad + constant_grad[:, None]) * factor
+
+
+@triton.jit
+def block_dropout(
     dropout,
     sequence,
     first_query,
@@ -141,17 +162,17 @@ def block_keep(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Which attention weights (BLOCK_Q, BLOCK_K) dropout keeps."""
+    """`dropout_factor` of a block (BLOCK_Q, BLOCK_K)."""
     query = first_query + tl.arange(0, BLOCK_Q)
     channel = sequence % num_channels + tl.zeros([BLOCK_Q], tl.int32)
     key = tl.arange(0, BLOCK_K)
-    return keep_tile(dropout, sequence // num_channels, channel, query, first_key, key)
+    return dropout_factor(dropout, sequence // num_channels, channel, query, first_key, key)
 
 
 def flash_forward(tokens: Tensor, problem: Problem, attention: dict) -> Tensor:
     """The outputs (B*C, P, 64) of tokens (B*C, P, 64)."""
     out = torch.empty_like(tokens)
-    launch = flash_forward_launch(tokens.dtype, tokens.device)
+    launch = flash_forward_launch(tokens.dtype)
     blocks = triton.cdiv(problem.num_patches, launch.block_q)
     cpsa_flash_forward_kernel[(problem.num_sequences * blocks,)](
         x_ptr=tokens,

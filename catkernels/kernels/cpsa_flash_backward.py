@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_flash import attend_keys, block_keep, block_scores
+from catkernels.kernels.cpsa_flash import (
+    attend_keys,
+    block_attention_grad,
+    block_dropout,
+    block_scores,
+)
 from catkernels.kernels.cpsa_launch import PROGRAMS, TILE, Problem, flash_backward_launch
 from catkernels.kernels.cpsa_tiles import PIXELS
 from catkernels.kernels.cpsa_tokens import load_tokens, store_tokens
@@ -30,6 +35,12 @@ from catkernels.kernels.cpsa_weights import (
     zero_gradients,
 )
 from catkernels.kernels.tiles import dot
+
+# What the first pass leaves of each query: the maximum of its scores and the inverse of the sum of
+# their exponentials; the sum of its weights' gradients, weighted; and, where there is dropout, the
+# gradient that all its weights share through Wp bv, and the sum of the weights that were kept.
+MAXIMUM, NORMALISER, DELTA, CONSTANT_GRAD, TOTAL = (tl.constexpr(row) for row in range(5))
+NUM_STATISTICS = 5
 
 
 @triton.jit
@@ -57,8 +68,7 @@ def cpsa_flash_query_backward_kernel(
 
     Grid: (sequences * blocks of queries,)
     Writes: query_ptr, query_grad_ptr, attended_ptr, attended_grad_ptr (B*C, P, 64); statistics_ptr
-        (4, B*C, P): log2 of the softmax's sum, delta, the gradient that comes through Wp bv, and
-        the sum of the weights that dropout left.
+        (NUM_STATISTICS, B*C, P).
     """
     query_blocks = tl.cdiv(num_patches, BLOCK_Q)
     sequence = tl.program_id(0) // query_blocks
@@ -69,7 +79,15 @@ def cpsa_flash_query_backward_kernel(
     x = load_tokens(x_ptr, sequence, first_query, num_patches, BLOCK_Q)
     query = dot(x, load_matrix(matrices_ptr, False), PRECISION)
     query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(x.dtype)
-    attended, total, log_sum = attend_keys(
+    grad = load_tokens(grad_ptr, sequence, first_query, num_patches, BLOCK_Q)
+    value_matrix = tl.trans(load_matrix(matrices_ptr + MATRIX, False))
+    attended_grad = dot(grad, value_matrix, PRECISION).to(x.dtype)
+    # [BLOCK_Q]
+    constant_grad = tl.zeros([BLOCK_Q], tl.float32)
+    if seed_ptr is not None:
+        value_constant = load_constants(constants_ptr + VALUE_CONSTANT)
+        constant_grad = tl.sum(grad * value_constant, 1) / tl.load(constants_ptr + VALUE_SCALE)
+    attended, total, statistics = attend_keys(
         query,
         x_ptr,
         score_scale,
@@ -78,21 +96,12 @@ def cpsa_flash_query_backward_kernel(
         first_query,
         num_channels,
         num_patches,
+        attended_grad,
+        constant_grad,
         BLOCK_K,
         PRECISION,
     )
-    grad = load_tokens(grad_ptr, sequence, first_query, num_patches, BLOCK_Q)
-    value_matrix = tl.trans(load_matrix(matrices_ptr + MATRIX, False))
-    attended_grad = dot(grad, value_matrix, PRECISION).to(x.dtype)
-    # [BLOCK_Q]
-    delta = tl.sum(attended * attended_grad, 1)
-    constant_grad = tl.zeros([BLOCK_Q], tl.float32)
-    if seed_ptr is not None:
-        constant = load_constants(constants_ptr + VALUE_CONSTANT)
-        constant_grad = tl.sum(grad * constant, 1) / tl.load(constants_ptr + VALUE_SCALE)
-        delta += total * constant_grad
 
-    statistics = (log_sum, delta, constant_grad)
     query_grad = tl.zeros([BLOCK_Q, PIXELS], tl.float32)
     for first_key in range(0, num_patches, BLOCK_K):
         # [BLOCK_K, PIXELS]
@@ -102,6 +111,7 @@ def cpsa_flash_query_backward_kernel(
             keys,
             attended_grad,
             statistics,
+            constant_grad,
             score_scale,
             dropout,
             sequence,
@@ -117,12 +127,15 @@ def cpsa_flash_query_backward_kernel(
     store_tokens(query_grad_ptr, query_grad, sequence, first_query, num_patches)
     store_tokens(attended_ptr, attended, sequence, first_query, num_patches)
     store_tokens(attended_grad_ptr, attended_grad, sequence, first_query, num_patches)
-    row, inside = _statistic_rows(sequence, first_query, num_patches, BLOCK_Q)
+    maximum, normaliser, delta = statistics
+    row, inside = _statistic_row(sequence, first_query, num_patches, BLOCK_Q)
     size = tl.cast(num_sequences, tl.int64) * num_patches
-    tl.store(statistics_ptr + row, log_sum, mask=inside)
-    tl.store(statistics_ptr + size + row, delta, mask=inside)
-    tl.store(statistics_ptr + 2 * size + row, constant_grad, mask=inside)
-    tl.store(statistics_ptr + 3 * size + row, total, mask=inside)
+    tl.store(statistics_ptr + MAXIMUM * size + row, maximum, mask=inside)
+    tl.store(statistics_ptr + NORMALISER * size + row, normaliser, mask=inside)
+    tl.store(statistics_ptr + DELTA * size + row, delta, mask=inside)
+    if seed_ptr is not None:
+        tl.store(statistics_ptr + CONSTANT_GRAD * size + row, constant_grad, mask=inside)
+        tl.store(statistics_ptr + TOTAL * size + row, total, mask=inside)
 
 
 @triton.jit
@@ -165,17 +178,23 @@ def cpsa_flash_key_backward_kernel(
         query = load_tokens(query_ptr, sequence, first_query, num_patches, BLOCK_Q)
         attended_grad = load_tokens(attended_grad_ptr, sequence, first_query, num_patches, BLOCK_Q)
         # [BLOCK_Q]; past the last patch all is zero, so that such a query adds nothing
-        row, inside = _statistic_rows(sequence, first_query, num_patches, BLOCK_Q)
-        log_sum = tl.load(statistics_ptr + row, mask=inside, other=0.0)
-        delta = tl.load(statistics_ptr + size + row, mask=inside, other=0.0)
-        constant_grad = tl.load(statistics_ptr + 2 * size + row, mask=inside, other=0.0)
-        statistics = (log_sum, delta, constant_grad)
+        row, inside = _statistic_row(sequence, first_query, num_patches, BLOCK_Q)
+        maximum = tl.load(statistics_ptr + MAXIMUM * size + row, mask=inside, other=0.0)
+        normaliser = tl.load(statistics_ptr + NORMALISER * size + row, mask=inside, other=0.0)
+        delta = tl.load(statistics_ptr + DELTA * size + row, mask=inside, other=0.0)
+        constant_grad = tl.zeros([BLOCK_Q], tl.float32)
+        if seed_ptr is not None:
+            constant_grad = tl.load(
+                statistics_ptr + CONSTANT_GRAD * size + row, mask=inside, other=0.0
+            )
+        statistics = (maximum, normaliser, delta)
         # [BLOCK_Q, BLOCK_K]
         attention, scores_grad = _attention_and_gradient(
             query,
             keys,
             attended_grad,
             statistics,
+            constant_grad,
             score_scale,
             dropout,
             sequence,
@@ -229,17 +248,17 @@ def cpsa_flash_weights_backward_kernel(
         score_constant += sum_rows(query_grad)
         out_constant += sum_rows(grad)
         if seed_ptr is not None:
-            row, inside = _statistic_rows(sequence, first_patch, num_patches, ROWS)
+            row, inside = _statistic_row(sequence, first_patch, num_patches, ROWS)
             size = tl.cast(num_sequences, tl.int64) * num_patches
-            total = tl.load(statistics_ptr + 3 * size + row, mask=inside, other=0.0)
+            total = tl.load(statistics_ptr + TOTAL * size + row, mask=inside, other=0.0)
             value_constant += sum_rows(grad * total[:, None])
         gradients = (score_grad, value_grad, score_constant, value_constant, out_constant)
     store_gradients(partials_ptr + tl.program_id(0) * PARTIAL, gradients, seed_ptr, True, True)
 
 
 @triton.jit
-def _statistic_rows(sequence, first_patch, num_patches, ROWS: tl.constexpr):
-    """Where the statistics (ROWS,) of some patches lie, and their mask."""
+def _statistic_row(sequence, first_patch, num_patches, ROWS: tl.constexpr):
+    """Where a row of the statistics holds those of some patches (ROWS,), and their mask."""
     patch = first_patch + tl.arange(0, ROWS)
     return tl.cast(sequence, tl.int64) * num_patches + patch, patch < num_patches
 
@@ -250,6 +269,7 @@ def _attention_and_gradient(
     keys,
     attended_grad,
     statistics,
+    constant_grad,
     score_scale,
     dropout,
     sequence,
@@ -262,21 +282,15 @@ def _attention_and_gradient(
     """Attention weights (BLOCK_Q, BLOCK_K) as dropout leaves them, and the gradient of the scores,
     both rounded to the keys' dtype."""
     dtype: tl.constexpr = keys.dtype
-    seed_ptr, _, keep_scale = dropout
-    log_sum, delta, constant_grad = statistics
+    maximum, normaliser, delta = statistics
     scores = block_scores(query, keys, score_scale, first_key, num_patches, PRECISION)
-    attention = tl.exp2(scores - log_sum[:, None])
-    attention_grad = dot(attended_grad, tl.trans(keys), PRECISION)
-    dropped = attention
-    if seed_ptr is not None:
-        keep = block_keep(
-            dropout, sequence, first_query, first_key, num_channels, query.shape[0], keys.shape[0]
-        )
-        dropped = tl.where(keep, attention * keep_scale, 0.0)
-        attention_grad = (attention_grad + constant_grad[:, None]) * keep_scale
-        attention_grad = tl.where(keep, attention_grad, 0.0)
+    attention = tl.exp2(scores - maximum[:, None]) * normaliser[:, None]
+    factor = block_dropout(
+        dropout, sequence, first_query, first_key, num_channels, query.shape[0], keys.shape[0]
+    )
+    attention_grad = block_attention_grad(keys, attended_grad, constant_grad, factor, PRECISION)
     scores_grad = attention * (attention_grad - delta[:, None])
-    return dropped.to(dtype), scores_grad.to(dtype)
+    return (attention * factor).to(dtype), scores_grad.to(dtype)
 
 
 def flash_backward(
@@ -292,7 +306,7 @@ def flash_backward(
     launch = flash_backward_launch(tokens.dtype, tokens.device)
     sequences, patches = problem.num_sequences, problem.num_patches
     query, query_grad, attended, attended_grad = (torch.empty_like(tokens) for _ in range(4))
-    statistics = tokens.new_empty((4, sequences, patches), dtype=torch.float32)
+    statistics = tokens.new_empty((NUM_STATISTICS, sequences, patches), dtype=torch.float32)
     shared = {"num_sequences": sequences, **problem.token_arguments(), **attention}
     cpsa_flash_query_backward_kernel[(sequences * triton.cdiv(patches, launch.block_q),)](
         x_ptr=tokens,

@@ -120,21 +120,16 @@ def _attend_tile(
     """CPSA of the tokens (ROWS, PIXELS) of a tile, in float32."""
     matrices_ptr, constants_ptr = weights
     seed_ptr, _, _ = dropout
-    if seed_ptr is not None:
-        factor = tile_dropout(dropout, image, first_channel, PATCHES)
-
-    attended = x
+    factor = tile_dropout(dropout, image, first_channel, PATCHES)
     if PATCHES > 1:
         query = dot(x, load_matrix(matrices_ptr, RELOAD), PRECISION)
         query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(x.dtype)
         score_scale = tl.load(constants_ptr + SCORE_SCALE)
         # [ROWS, ROWS]
-        attention = tile_softmax(query, x, num_patches, score_scale, PATCHES, PRECISION)
-        if seed_ptr is not None:
-            attention *= factor
-            total = tl.sum(attention, 1)[:, None]
+        attention = tile_softmax(query, x, num_patches, score_scale, PATCHES, PRECISION) * factor
+        total = tl.sum(attention, 1)[:, None]
         attended = dot(attention.to(x.dtype), x, PRECISION).to(x.dtype)
-    elif seed_ptr is not None:
+    else:
         total = factor
         attended = (x * factor).to(x.dtype)
 

@@ -168,21 +168,26 @@ def backward_takes_tokens(problem: Problem, dtype: torch.dtype, device) -> bool:
 
 
 def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[BackwardPass, ...]:
+    """The passes that together give all gradients: as few as the registers allow."""
     arch = architecture(device)
     patches = triton.next_power_of_2(problem.num_patches)
-    block_c = max(8, TILE // patches)
-    if arch == AMPERE and patches > 1:
+    wide = max(16 // dtype.itemsize, TILE // patches)
+    if patches == 1:
+        return (BackwardPass(("x", "score", "value"), wide, patches),)
+    if dtype == torch.float32:
+        return tuple(BackwardPass((g,), wide, patches) for g in ("x", "score", "value"))
+    if arch == AMPERE:
         return (
-            BackwardPass(("x",), block_c, patches),
+            BackwardPass(("x",), wide, patches),
             BackwardPass(("score",), TILE // patches, patches),
-            BackwardPass(("value",), block_c, patches),
+            BackwardPass(("value",), wide, patches),
         )
     if patches == 16:
         return (
-            BackwardPass(("x",), block_c, patches),
-            BackwardPass(("score", "value"), block_c, patches),
+            BackwardPass(("x", "value"), wide, patches),
+            BackwardPass(("score",), wide, patches),
         )
-    return (BackwardPass(("x", "score", "value"), block_c, patches),)
+    return (BackwardPass(("x", "score", "value"), wide, patches),)
 
 
 @dataclass(frozen=True)
@@ -201,13 +206,14 @@ class FlashLaunch(Launch):
         }
 
 
-def flash_forward_launch(dtype: torch.dtype, device) -> FlashLaunch:
-    if dtype == torch.float32:
-        return FlashLaunch(8, 1, 64, 64)
-    return FlashLaunch(4, 2, 64, 64)
+def flash_forward_launch(dtype: torch.dtype) -> FlashLaunch:
+    # float32 products take registers that only twice the threads have
+    return FlashLaunch(8, 1, 64, 64) if dtype == torch.float32 else FlashLaunch(4, 2, 64, 64)
 
 
 def flash_backward_launch(dtype: torch.dtype, device) -> FlashLaunch:
     if dtype == torch.float32:
-        return FlashLaunch(8, 1, 64, 64)
+        # with 64 keys the queries' pass spills (168 bytes on Hopper)
+        return FlashLaunch(8, 1, 64, 32)
+    # with 64 queries the keys' pass spills on Ampere (16 bytes)
     return FlashLaunch(4, 1, 32 if architecture(device) == AMPERE else 64, 64)

@@ -135,25 +135,27 @@ def tile_softmax(
 
 @triton.jit
 def tile_dropout(dropout, image, first_channel, PATCHES: tl.constexpr):
-    """What dropout multiplies attention weights by: (ROWS, ROWS), or (ROWS, 1) for one patch."""
-    _, _, keep_scale = dropout
+    """`dropout_factor` of a tile: (ROWS, ROWS), or (ROWS, 1) for one patch."""
     patch, channel = tile_rows(PATCHES)
     key = patch if PATCHES > 1 else tl.zeros([1], tl.int32)
-    keep = keep_tile(dropout, image, first_channel + channel, patch, 0, key)
-    return tl.where(keep, keep_scale, 0.0)
+    return dropout_factor(dropout, image, first_channel + channel, patch, 0, key)
 
 
 @triton.jit
-def keep_tile(dropout, image, channel, query, first_key, key):
-    """Which attention weights (QUERIES, KEYS) dropout keeps, by their place in the layer.
+def dropout_factor(dropout, image, channel, query, first_key, key):
+    """What dropout multiplies attention weights (QUERIES, KEYS) by, from their place in the layer.
 
-    ``channel`` and ``query`` are (QUERIES,); the keys are ``first_key + key`` with key below 64.
-    ``dropout`` is the pointer to the seed, the threshold and the scale of what is kept.
+    ``dropout`` is the pointer to the seed, None for no dropout, the threshold, and the scale of
+    what is kept. ``channel`` and ``query`` are (QUERIES,); the keys are ``first_key + key``, with
+    key below 64.
     """
-    seed_ptr, drop_threshold, _ = dropout
-    seed = tl.load(seed_ptr)
-    images = image + tl.zeros([query.shape[0]], tl.int32)
-    lower = keep_word(seed, drop_threshold, first_key, query, channel, images)[:, None]
-    upper = keep_word(seed, drop_threshold, first_key + 32, query, channel, images)[:, None]
-    word = tl.where((key < 32)[None, :], lower, upper)
-    return ((word >> (key % 32)[None, :]) & 1) != 0
+    seed_ptr, drop_threshold, keep_scale = dropout
+    if seed_ptr is None:
+        return 1.0
+    else:
+        seed = tl.load(seed_ptr)
+        images = image + tl.zeros([query.shape[0]], tl.int32)
+        lower = keep_word(seed, drop_threshold, first_key, query, channel, images)[:, None]
+        upper = keep_word(seed, drop_threshold, first_key + 32, query, channel, images)[:, None]
+        word = tl.where((key < 32)[None, :], lower, upper)
+        return tl.where(((word >> (key % 32)[None, :]) & 1) != 0, keep_scale, 0.0)
