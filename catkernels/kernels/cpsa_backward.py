@@ -306,7 +306,7 @@ def backward(
         matrices, constants = prepare_weights(folded, None, patch_size, grad.dtype)
         attention = attention_arguments(seed, dropout_p, grad.dtype, x.device)
         attention.update(matrices_ptr=matrices, constants_ptr=constants)
-        if backward_takes_tokens(problem, grad.dtype, x.device):
+        if backward_takes_tokens(problem):
             tokens, grad_tokens = (to_tokens(t, problem, grad.dtype) for t in (x, grad))
             backward_of_tokens = flash_backward if problem.num_patches > TILE else _tokens_backward
             dx_tokens, partials = backward_of_tokens(

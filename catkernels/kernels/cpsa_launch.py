@@ -15,6 +15,7 @@ from torch import Tensor
 from catkernels.kernels.launch import (
     AMPERE,
     CDNA,
+    HOPPER,
     Launch,
     architecture,
     dot_precision,
@@ -96,8 +97,8 @@ class TileLaunch(Launch):
     """How a kernel is launched on tiles of the map."""
 
     block_c: int
-    patches_low: int  # patches whose pixels different threads own
-    patches_high: int = 1  # times as many that one thread owns
+    patches_low: int  # of a tile's patches, those whose pixels different threads may own
+    patches_high: int = 1  # times as many, which one thread owns
     reload: bool = False
 
     def constants(self) -> dict:
@@ -117,20 +118,22 @@ def forward_launch(problem: Problem, dtype: torch.dtype, device) -> TileLaunch |
         return None
     arch = architecture(device)
     patches = triton.next_power_of_2(problem.num_patches)
+    # 16 bytes of neighbouring channels, or more where a tile holds more channels
+    block_c = max(16 // dtype.itemsize, TILE // patches)
     if dtype == torch.float32:
-        # float32 operands are twice as large, and exact products take a register for each term:
-        # one group to a tile
-        if patches > 16:
-            return None
-        return TileLaunch(num_warps=8, num_stages=1, block_c=TILE // patches, patches_low=patches)
+        # two groups of float32 spill; exact products want the registers of twice the threads
+        return TileLaunch(8, 1, block_c, patches) if patches <= 16 else None
+    # Ampere keeps operands in registers: each use fetches the weights anew
     reload = arch == AMPERE
-    if patches == TILE:
-        # Ampere's operands live in registers: eight groups spill there (104 bytes)
-        if arch == AMPERE:
-            return None
-        warps, high = (4, 4) if arch == CDNA else (8, 2)
-        return TileLaunch(warps, 1, 8, patches // high, high, reload)
-    return TileLaunch(4, 1, max(8, TILE // patches), patches, 1, reload)
+    if patches < TILE:
+        return TileLaunch(4, 1, block_c, patches, reload=reload)
+    if arch == AMPERE:
+        # eight groups spill (104 bytes)
+        return None
+    # Patches that one thread owns keep the operands' stores to shared memory at 16 bytes. Four
+    # warps would spill on NVIDIA (240 bytes), eight on CDNA.
+    num_warps, patches_high = (4, 4) if arch == CDNA else (8, 2)
+    return TileLaunch(num_warps, 1, block_c, patches // patches_high, patches_high)
 
 
 @dataclass(frozen=True)
@@ -163,31 +166,40 @@ class BackwardPass:
         }
 
 
-def backward_takes_tokens(problem: Problem, dtype: torch.dtype, device) -> bool:
+def backward_takes_tokens(problem: Problem) -> bool:
+    """Whether the backward pass reads tokens: a map tile of more patches has too many groups."""
     return problem.num_patches > 16
 
 
 def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[BackwardPass, ...]:
-    """The passes that together give all gradients: as few as the registers allow."""
+    """The passes that together give all gradients, for up to 64 patches.
+
+    One pass multiplies least, but holds both sums of the weights' gradients beside the products.
+    """
     arch = architecture(device)
     patches = triton.next_power_of_2(problem.num_patches)
-    wide = max(16 // dtype.itemsize, TILE // patches)
+    one_group = TILE // patches
+    block_c = max(16 // dtype.itemsize, one_group)
+    groups = block_c // one_group if not backward_takes_tokens(problem) else 1
     if patches == 1:
-        return (BackwardPass(("x", "score", "value"), wide, patches),)
-    if dtype == torch.float32:
-        return tuple(BackwardPass((g,), wide, patches) for g in ("x", "score", "value"))
-    if arch == AMPERE:
+        return (BackwardPass(("x", "score", "value"), block_c, patches),)
+    if arch == AMPERE or dtype == torch.float32:
+        # In one pass half precision spills 360 to 790 bytes on Ampere, TF32 24 to 1180 on Hopper.
+        # On Ampere the scores of two groups spill even alone (320 bytes).
         return (
-            BackwardPass(("x",), wide, patches),
-            BackwardPass(("score",), TILE // patches, patches),
-            BackwardPass(("value",), wide, patches),
+            BackwardPass(("x",), block_c, patches),
+            BackwardPass(("score",), one_group, patches),
+            BackwardPass(("value",), block_c, patches),
         )
-    if patches == 16:
-        return (
-            BackwardPass(("x", "value"), wide, patches),
-            BackwardPass(("score",), wide, patches),
-        )
-    return (BackwardPass(("x", "score", "value"), wide, patches),)
+    if groups == 1:
+        return (BackwardPass(("x", "score", "value"), block_c, patches),)
+    if arch == HOPPER:
+        # in one pass 390 bytes are spilt, in two up to 230, where the map is float32
+        return tuple(BackwardPass((g,), block_c, patches) for g in ("x", "score", "value"))
+    return (
+        BackwardPass(("x",), block_c, patches),
+        BackwardPass(("score", "value"), block_c, patches),
+    )
 
 
 @dataclass(frozen=True)
