@@ -92,7 +92,8 @@ def compiling_for(target: str) -> Iterator[list[Resources]]:
 def in_subprocess(script: str, *arguments: str) -> dict:
     """The JSON that ``python script *arguments`` prints, run with Triton's interpreter off."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    repository = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([repository, *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, script, *arguments], capture_output=True, text=True, env=environment
     )

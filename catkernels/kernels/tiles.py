@@ -1,9 +1,11 @@
 """Pieces of kernels that both attentions use."""
 
+import math
+
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(math.log2(math.e))
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
