@@ -127,7 +127,7 @@ def every_number_of_patches():
             yield pytest.param(shape, dtype, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), every_number_of_patches())
+@pytest.mark.parametrize(("shape", "dtype"), list(every_number_of_patches()))
 def test_every_number_of_patches(shape, dtype, launches):
     assert_right(make_inputs(shape, dtype), dtype, patch_size=7)
     assert launches["cpsa_prepare_weights_kernel"] == 2
@@ -363,8 +363,10 @@ def test_function_transforms():
     leaf = x.clone().requires_grad_()
     loss(leaf).backward()
     assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
+    with torch.no_grad():
+        assert torch.equal(torch.func.vmap(loss)(x[None]), loss(x)[None])
     with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(loss)(x[None])
+        torch.func.vmap(torch.func.grad(loss))(x[None])
 
 
 @pytest.mark.parametrize("patches", [1, 2])
@@ -376,20 +378,39 @@ def test_operators_are_well_formed(patches):
     operators = torch.ops.catkernels
     for dropout in ((None, 2, 0.0), (seed, 2, 0.5)):
         torch.library.opcheck(operators.cpsa_forward.default, (x, folded, bias, *dropout, FP16))
-    for gives in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(operators.cpsa_backward.default, (grad, x, folded, *dropout, *gives))
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(operators.cpsa_backward.default, (grad, x, folded, *dropout, *needs))
 
 
-def test_compiles_to_one_graph():
+def test_compiles_to_one_graph_for_all_batch_sizes():
     attention = kernels(dtype=FP16)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    for batch in (1, 2, 3):
-        inputs = make_inputs(make_shape(14, 14, 3, batch=batch), FP16)
+
+    def check(batch: int) -> None:
+        inputs = make_inputs(make_shape(6, 6, 3, patch_size=3, batch=batch), FP16)
         grad = make_grad(inputs, FP16)
-        expected = with_gradients(attention, inputs, grad, FP16, patch_size=7)
-        actual = with_gradients(compiled, inputs, grad, FP16, patch_size=7)
+        expected = with_gradients(attention, inputs, grad, FP16, patch_size=3)
+        actual = with_gradients(compiled, inputs, grad, FP16, patch_size=3)
         for name, a, b in zip(NAMES, actual, expected, strict=True):
             torch.testing.assert_close(a, b, msg=name)
+
+    check(batch=2)
+    check(batch=3)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(batch=5)
+
+
+def test_exports():
+    inputs = make_inputs(make_shape(6, 6, 3, patch_size=3), FP16)
+
+    class Layer(torch.nn.Module):
+        def forward(self, **leaves):
+            return kernels(dtype=FP16)(**leaves, patch_size=3)
+
+    exported = torch.export.export(Layer(), (), inputs)
+    with torch.no_grad():
+        expected = Layer()(**inputs)
+        assert torch.equal(exported.module()(**inputs), expected)
 
 
 @pytest.mark.parametrize(("side", "forward", "backward"), [(7, 1, 2), (14, 2, 5)])
@@ -414,7 +435,7 @@ def test_unsupported_reasons_name_each_reason(monkeypatch):
     assert reasons() == []
     kernels(dtype=FP16)(**make_inputs(make_shape(14, 14, 1), FP16), patch_size=7)
     assert "float64" in reasons(dtype=torch.float64)[0]
-    assert "patch_size is 9" in reasons(patch_size=9)[0]
+    assert "patch sizes up to 8, not 9" in reasons(patch_size=9)[0]
     assert len(reasons(device=torch.device("meta"), dtype=torch.float64, patch_size=9)) == 3
 
     # exact float32 products are only too large for a GPU

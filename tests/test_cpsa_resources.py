@@ -55,8 +55,8 @@ class Configuration:
 
     def compile(self) -> list[dict]:
         """What the kernels of the attention itself need."""
-        from catkernels.kernels.cpsa_backward import backward
-        from catkernels.kernels.cpsa_forward import forward
+        from catkernels.kernels.cpsa_backward import cpsa_backward
+        from catkernels.kernels.cpsa_forward import cpsa_forward
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
@@ -69,12 +69,14 @@ class Configuration:
         folded, bias = meta(2, 50, 49), meta(49)
         seed = meta(1, dtype=torch.int64) if self.dropout else None
         dropout_p = 0.1 * self.dropout
-        # exact float32 products of more than one patch have no backward kernels that fit
-        has_backward = self.precision != "fp32" or self.num_patches == 1
+        # NVIDIA's registers do not hold the backward pass of exact float32 products
+        has_backward = (
+            self.precision != "fp32" or self.num_patches == 1 or self.target.startswith("gfx")
+        )
         with compiling_for(self.target) as compiled:
-            forward(x, folded, bias, seed, 7, dropout_p, dtype)
+            cpsa_forward(x, folded, bias, seed, 7, dropout_p, dtype)
             if has_backward:
-                backward(meta(*size, dtype=dtype), x, folded, seed, 7, dropout_p, True, True)
+                cpsa_backward(meta(*size, dtype=dtype), x, folded, seed, 7, dropout_p, True, True)
         helpers = ("cpsa_prepare_weights_kernel", "cpsa_sum_partials_kernel")
         return [asdict(resources) for resources in compiled if resources.kernel not in helpers]
 

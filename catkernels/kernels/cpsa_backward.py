@@ -1,4 +1,7 @@
-"""CPSA backward of up to 64 patches, from a map or from its tokens."""
+"""CPSA backward. The attention weights are computed again, tile by tile.
+
+Of up to 16 patches it reads and writes the map, of more their tokens.
+"""
 
 from __future__ import annotations
 
@@ -273,22 +276,22 @@ def _tile_gradients(
     return dx, gradients
 
 
-def backward(
+def cpsa_backward(
     grad: Tensor,
     x: Tensor,
     folded: Tensor,
     seed: Tensor | None,
     patch_size: int,
     dropout_p: float,
-    gives_x: bool,
-    gives_weights: bool,
+    needs_x: bool,
+    needs_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `cpsa_forward.forward`, computed in the dtype of ``grad``.
+    """The gradients of `cpsa_forward`, computed in the dtype of ``grad``.
 
     Args:
         grad: gradient (B, H, W, C) of the output.
         x, folded, seed: as in the forward pass.
-        gives_x, gives_weights: which gradients to compute.
+        needs_x, needs_weights: which gradients to compute.
 
     Returns:
         Gradients of x (B, H, W, C) in its dtype, of ``folded`` and of the bias (N*N,) in float32;
@@ -296,9 +299,9 @@ def backward(
     """
     x, grad = x.contiguous(), grad.contiguous()
     problem = Problem.of(x, patch_size)
-    dx = torch.empty_like(x) if gives_x else x.new_empty((0,))
-    if x.numel() == 0 or not gives_weights:
-        weight_grads = _no_weight_grads(folded, gives_weights)
+    dx = torch.empty_like(x) if needs_x else x.new_empty((0,))
+    if x.numel() == 0 or not needs_weights:
+        weight_grads = _no_weight_grads(folded, needs_weights)
     if x.numel() == 0:
         return dx, *weight_grads
 
@@ -310,13 +313,13 @@ def backward(
             tokens, grad_tokens = (to_tokens(t, problem, grad.dtype) for t in (x, grad))
             backward_of_tokens = flash_backward if problem.num_patches > TILE else _tokens_backward
             dx_tokens, partials = backward_of_tokens(
-                tokens, grad_tokens, problem, attention, gives_x, gives_weights
+                tokens, grad_tokens, problem, attention, needs_x, needs_weights
             )
-            if gives_x:
+            if needs_x:
                 from_tokens(dx_tokens, problem, dx)
         else:
-            partials = _packed_backward(x, grad, dx, problem, attention, gives_x, gives_weights)
-        if gives_weights:
+            partials = _packed_backward(x, grad, dx, problem, attention, needs_x, needs_weights)
+        if needs_weights:
             weight_grads = sum_partials(partials, constants, patch_size)
     return dx, *weight_grads
 
@@ -334,15 +337,15 @@ def _packed_backward(
     dx: Tensor,
     problem: Problem,
     attention: dict,
-    gives_x: bool,
-    gives_weights: bool,
+    needs_x: bool,
+    needs_weights: bool,
 ) -> Tensor:
     """Fill ``dx`` (B, H, W, C); the programs' sums (programs, PARTIAL)."""
     passes = backward_passes(problem, grad.dtype, x.device)
     tiles = [problem.batch * triton.cdiv(problem.channels, p.block_c) for p in passes]
     partials = x.new_empty((min(PROGRAMS, *tiles), PARTIAL.value), dtype=torch.float32)
     for backward_pass, num_tiles in zip(passes, tiles, strict=True):
-        if backward_pass.is_wanted(gives_x, gives_weights):
+        if backward_pass.is_needed(needs_x, needs_weights):
             cpsa_packed_backward_kernel[(partials.shape[0],)](
                 x_ptr=x,
                 grad_ptr=grad,
@@ -351,7 +354,7 @@ def _packed_backward(
                 num_tiles=num_tiles,
                 **problem.map_arguments(),
                 **attention,
-                **backward_pass.map_constants(gives_x, gives_weights),
+                **backward_pass.map_constants(needs_x, needs_weights),
             )
     return partials
 
@@ -361,15 +364,15 @@ def _tokens_backward(
     grad: Tensor,
     problem: Problem,
     attention: dict,
-    gives_x: bool,
-    gives_weights: bool,
+    needs_x: bool,
+    needs_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """`flash_backward` for up to 64 patches."""
     dx = torch.empty_like(tokens)
     programs = min(PROGRAMS, problem.num_sequences)
     partials = tokens.new_empty((programs, PARTIAL.value), dtype=torch.float32)
     for backward_pass in backward_passes(problem, tokens.dtype, tokens.device):
-        if backward_pass.is_wanted(gives_x, gives_weights):
+        if backward_pass.is_needed(needs_x, needs_weights):
             cpsa_tokens_backward_kernel[(programs,)](
                 x_ptr=tokens,
                 grad_ptr=grad,
@@ -378,6 +381,6 @@ def _tokens_backward(
                 num_sequences=problem.num_sequences,
                 **problem.token_arguments(),
                 **attention,
-                **backward_pass.constants(gives_x, gives_weights),
+                **backward_pass.constants(needs_x, needs_weights),
             )
     return dx, partials

@@ -18,7 +18,13 @@ from catkernels.kernels.cpsa_flash import (
     block_dropout,
     block_scores,
 )
-from catkernels.kernels.cpsa_launch import PROGRAMS, TILE, Problem, flash_backward_launch
+from catkernels.kernels.cpsa_launch import (
+    PROGRAMS,
+    TILE,
+    Problem,
+    flash_backward_launch,
+    flash_weights_launch,
+)
 from catkernels.kernels.cpsa_tiles import PIXELS
 from catkernels.kernels.cpsa_tokens import load_tokens, store_tokens
 from catkernels.kernels.cpsa_weights import (
@@ -106,6 +112,9 @@ def cpsa_flash_query_backward_kernel(
     for first_key in range(0, num_patches, BLOCK_K):
         # [BLOCK_K, PIXELS]
         keys = load_tokens(x_ptr, sequence, first_key, num_patches, BLOCK_K)
+        factor = block_dropout(
+            dropout, sequence, first_query, first_key, num_channels, BLOCK_Q, BLOCK_K
+        )
         _, scores_grad = _attention_and_gradient(
             query,
             keys,
@@ -113,11 +122,8 @@ def cpsa_flash_query_backward_kernel(
             statistics,
             constant_grad,
             score_scale,
-            dropout,
-            sequence,
-            first_query,
+            factor,
             first_key,
-            num_channels,
             num_patches,
             PRECISION,
         )
@@ -188,6 +194,9 @@ def cpsa_flash_key_backward_kernel(
                 statistics_ptr + CONSTANT_GRAD * size + row, mask=inside, other=0.0
             )
         statistics = (maximum, normaliser, delta)
+        factor = block_dropout(
+            dropout, sequence, first_query, first_key, num_channels, BLOCK_Q, BLOCK_K
+        )
         # [BLOCK_Q, BLOCK_K]
         attention, scores_grad = _attention_and_gradient(
             query,
@@ -196,11 +205,8 @@ def cpsa_flash_key_backward_kernel(
             statistics,
             constant_grad,
             score_scale,
-            dropout,
-            sequence,
-            first_query,
+            factor,
             first_key,
-            num_channels,
             num_patches,
             PRECISION,
         )
@@ -271,26 +277,18 @@ def _attention_and_gradient(
     statistics,
     constant_grad,
     score_scale,
-    dropout,
-    sequence,
-    first_query,
+    factor,
     first_key,
-    num_channels,
     num_patches,
     PRECISION: tl.constexpr,
 ):
-    """Attention weights (BLOCK_Q, BLOCK_K) as dropout leaves them, and the gradient of the scores,
-    both rounded to the keys' dtype."""
-    dtype: tl.constexpr = keys.dtype
+    """Attention weights (BLOCK_Q, BLOCK_K) after dropout, and the gradient of the scores."""
     maximum, normaliser, delta = statistics
     scores = block_scores(query, keys, score_scale, first_key, num_patches, PRECISION)
     attention = tl.exp2(scores - maximum[:, None]) * normaliser[:, None]
-    factor = block_dropout(
-        dropout, sequence, first_query, first_key, num_channels, query.shape[0], keys.shape[0]
-    )
     attention_grad = block_attention_grad(keys, attended_grad, constant_grad, factor, PRECISION)
     scores_grad = attention * (attention_grad - delta[:, None])
-    return (attention * factor).to(dtype), scores_grad.to(dtype)
+    return (attention * factor).to(keys.dtype), scores_grad.to(keys.dtype)
 
 
 def flash_backward(
@@ -298,11 +296,21 @@ def flash_backward(
     grad: Tensor,
     problem: Problem,
     attention: dict,
-    gives_x: bool,
-    gives_weights: bool,
+    needs_x: bool,
+    needs_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradient (B*C, P, 64) of tokens, and the programs' sums (programs, PARTIAL), from the
-    tokens of the outputs' gradient (B*C, P, 64)."""
+    """The gradients of `flash_forward`.
+
+    Args:
+        tokens: (B*C, P, 64).
+        grad: gradient (B*C, P, 64) of the output.
+        problem, attention: as in the forward pass.
+        needs_x, needs_weights: which gradients to compute.
+
+    Returns:
+        The gradient (B*C, P, 64) of the tokens, and of the weights the sums (programs, PARTIAL)
+        of each program, or None.
+    """
     launch = flash_backward_launch(tokens.dtype, tokens.device)
     sequences, patches = problem.num_sequences, problem.num_patches
     query, query_grad, attended, attended_grad = (torch.empty_like(tokens) for _ in range(4))
@@ -320,7 +328,7 @@ def flash_backward(
         **launch.constants(),
     )
     dx = partials = None
-    if gives_x:
+    if needs_x:
         dx = torch.empty_like(tokens)
         cpsa_flash_key_backward_kernel[(sequences * triton.cdiv(patches, launch.block_k),)](
             x_ptr=tokens,
@@ -332,7 +340,8 @@ def flash_backward(
             **shared,
             **launch.constants(),
         )
-    if gives_weights:
+    if needs_weights:
+        weights_launch = flash_weights_launch(tokens.dtype)
         blocks = sequences * triton.cdiv(patches, TILE)
         partials = tokens.new_empty((min(PROGRAMS, blocks), PARTIAL.value), dtype=torch.float32)
         cpsa_flash_weights_backward_kernel[(partials.shape[0],)](
@@ -347,7 +356,7 @@ def flash_backward(
             num_patches=patches,
             ROWS=TILE,
             PRECISION=attention["PRECISION"],
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            num_warps=weights_launch.num_warps,
+            num_stages=weights_launch.num_stages,
         )
     return dx, partials

@@ -1,4 +1,7 @@
-"""CPSA forward of up to 64 patches: the map is read once and written once."""
+"""CPSA forward. Of up to 64 patches the map is read once and written once; more go through tokens.
+
+A tile holds 64 tokens: all the patches of one channel, or of several that attend block-diagonally.
+"""
 
 import torch
 import triton
@@ -141,7 +144,7 @@ def _attend_tile(
     return out
 
 
-def forward(
+def cpsa_forward(
     x: Tensor,
     folded: Tensor,
     bias: Tensor | None,

@@ -145,24 +145,24 @@ class BackwardPass:
     patches: int = TILE
     num_warps: int = 4
 
-    def is_wanted(self, wants_x: bool, wants_weights: bool) -> bool:
-        return any(self.constants(wants_x, wants_weights)[f"GIVE_{g.upper()}"] for g in self.gives)
+    def is_needed(self, needs_x: bool, needs_weights: bool) -> bool:
+        return any(self.constants(needs_x, needs_weights)[f"GIVE_{g.upper()}"] for g in self.gives)
 
-    def constants(self, wants_x: bool, wants_weights: bool) -> dict:
+    def constants(self, needs_x: bool, needs_weights: bool) -> dict:
         return {
-            "GIVE_X": wants_x and "x" in self.gives,
-            "GIVE_SCORE": wants_weights and "score" in self.gives,
-            "GIVE_VALUE": wants_weights and "value" in self.gives,
+            "GIVE_X": needs_x and "x" in self.gives,
+            "GIVE_SCORE": needs_weights and "score" in self.gives,
+            "GIVE_VALUE": needs_weights and "value" in self.gives,
             "num_warps": self.num_warps,
             "num_stages": 1,
         }
 
-    def map_constants(self, wants_x: bool, wants_weights: bool) -> dict:
+    def map_constants(self, needs_x: bool, needs_weights: bool) -> dict:
         return {
             "BLOCK_C": self.block_c,
             "PATCHES_HIGH": 1,
             "PATCHES_LOW": self.patches,
-            **self.constants(wants_x, wants_weights),
+            **self.constants(needs_x, needs_weights),
         }
 
 
@@ -229,3 +229,8 @@ def flash_backward_launch(dtype: torch.dtype, device) -> FlashLaunch:
         return FlashLaunch(8, 1, 64, 32)
     # with 64 queries the keys' pass spills on Ampere (16 bytes)
     return FlashLaunch(4, 1, 32 if architecture(device) == AMPERE else 64, 64)
+
+
+def flash_weights_launch(dtype: torch.dtype) -> Launch:
+    # fetching ahead frees registers on Ampere (16 bytes are spilt without it); float32 has no room
+    return Launch(8, 1) if dtype == torch.float32 else Launch(4, 2)

@@ -11,10 +11,10 @@ from catkernels.kernels.cpsa_tiles import GRID, PIXELS, map_tile
 
 @triton.jit
 def token_offsets(first_patch, num_patches, ROWS: tl.constexpr):
-    """Offsets (ROWS, PIXELS) from a sequence's first token, and their mask."""
+    """Offsets (ROWS, PIXELS) from a sequence's first token, and their mask (ROWS, 1)."""
     patch = first_patch + tl.arange(0, ROWS)[:, None]
     pixel = tl.arange(0, PIXELS)[None, :]
-    return patch * PIXELS + pixel, (patch < num_patches) & (pixel >= 0)
+    return patch * PIXELS + pixel, patch < num_patches
 
 
 @triton.jit
@@ -71,8 +71,7 @@ def cpsa_copy_tokens_kernel(
     pixel = tl.arange(0, PIXELS)[None, None, :]
     tokens_ptr += ((image * CHANNELS + first_channel) * num_patches + first_patch) * PIXELS
     token_offset = (channel * num_patches + patch) * PIXELS + pixel
-    inside_tokens = (first_patch + patch < num_patches) & (pixel >= 0)
-    inside_tokens = inside_tokens & (first_channel + channel < CHANNELS)
+    inside_tokens = (first_patch + patch < num_patches) & (first_channel + channel < CHANNELS)
     if TO_MAP:
         tokens = tl.load(tokens_ptr + token_offset, mask=inside_tokens, other=0.0)
         tile = tl.permute(tl.reshape(tokens, (1, BLOCK_C, PATCHES, GRID, GRID)), (0, 4, 2, 3, 1))

@@ -11,16 +11,6 @@ from catkernels.ops.device import KERNEL_DEVICES, device_reasons, interpreting
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PATCH_SIZE = 8
 
-_library = torch.library.Library("catkernels", "FRAGMENT")
-_library.define(
-    "cpsa_forward(Tensor x, Tensor folded, Tensor? bias, Tensor? seed, int patch_size, "
-    "float dropout_p, ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "cpsa_backward(Tensor grad, Tensor x, Tensor folded, Tensor? seed, int patch_size, "
-    "float dropout_p, bool gives_x, bool gives_weights) -> (Tensor, Tensor, Tensor)"
-)
-
 
 def unsupported_reasons(
     *,
@@ -39,10 +29,11 @@ def unsupported_reasons(
     """
     reasons = device_reasons(device)
     if dtype not in DTYPES:
-        reasons.append(f"the kernels compute in float16, bfloat16 or float32, not {dtype}")
-    if not 1 <= patch_size <= MAX_PATCH_SIZE:
-        reasons.append(f"patch_size is {patch_size}, the kernels serve 1 to {MAX_PATCH_SIZE}")
-    exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+        reasons.append(f"the kernels compute in float16, bfloat16 and float32, not in {dtype}")
+    if patch_size > MAX_PATCH_SIZE:
+        reasons.append(f"the kernels take patch sizes up to {MAX_PATCH_SIZE}, not {patch_size}")
+    # exact products have matrix instructions on AMD only, elsewhere their terms spill
+    exact = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision != "tf32"
     if needs_grad and dtype == torch.float32 and num_patches > 1 and exact and not interpreting():
         reasons.append(
             f"the backward pass of {num_patches} patches in float32 needs TF32 products: exact ones"
@@ -74,8 +65,11 @@ def cpsa_attention(
         bias = None if proj_bias is None else proj_bias.float()
     seed = None
     if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), device=x.device)
-    return _CPSA.apply(x, folded, bias, seed, patch_size, dropout_p, dtype)
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    arguments = (x, folded, bias, seed, patch_size, dropout_p, dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3]):
+        return _Attention.apply(*arguments)
+    return torch.ops.catkernels.cpsa_forward(*arguments)
 
 
 def fold(qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, scale: float) -> Tensor:
@@ -104,12 +98,12 @@ def fold(qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, scale
     return torch.stack([(scale * queries).mT @ key, values.mT @ proj_weight.float().mT])
 
 
-class _CPSA(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """The forward operator, differentiated by the backward operator."""
+
     @staticmethod
-    def forward(x, folded, bias, seed, patch_size, dropout_p, dtype):
-        return torch.ops.catkernels.cpsa_forward(
-            x, folded, bias, seed, patch_size, dropout_p, dtype
-        )
+    def forward(*arguments):
+        return torch.ops.catkernels.cpsa_forward(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -118,31 +112,33 @@ class _CPSA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, folded, seed = ctx.saved_tensors
-        gives_x, gives_folded, gives_bias = ctx.needs_input_grad[:3]
-        gives_weights = gives_folded or gives_bias
-        x_grad, folded_grad, bias_grad = _CPSABackward.apply(
-            grad, x, folded, seed, ctx.patch_size, ctx.dropout_p, gives_x, gives_weights
+        needs_x, needs_folded, needs_bias, *_ = ctx.needs_input_grad
+        # a compiled graph refuses to be differentiated twice by itself
+        gradient = torch.ops.catkernels.cpsa_backward
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradient = _AttentionGradient.apply
+        x_grad, folded_grad, bias_grad = gradient(
+            grad,
+            *ctx.saved_tensors,
+            ctx.patch_size,
+            ctx.dropout_p,
+            needs_x,
+            needs_folded or needs_bias,
         )
         return (
-            x_grad if gives_x else None,
-            folded_grad if gives_folded else None,
-            bias_grad if gives_bias else None,
-            None,
-            None,
-            None,
-            None,
+            x_grad if needs_x else None,
+            folded_grad if needs_folded else None,
+            bias_grad if needs_bias else None,
+            *(None,) * 4,
         )
 
 
-class _CPSABackward(torch.autograd.Function):
-    """A Function of its own, so that a second derivative meets an error instead of silence."""
+class _AttentionGradient(torch.autograd.Function):
+    """The backward operator. It has no derivative, and says so where one is asked for."""
 
     @staticmethod
-    def forward(grad, x, folded, seed, patch_size, dropout_p, gives_x, gives_weights):
-        return torch.ops.catkernels.cpsa_backward(
-            grad, x, folded, seed, patch_size, dropout_p, gives_x, gives_weights
-        )
+    def forward(*inputs):
+        return torch.ops.catkernels.cpsa_backward(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -151,60 +147,77 @@ class _CPSABackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            'cpsa_attention\'s kernels have no second derivative: use backend="reference"'
+            "the kernels of cpsa_attention cannot be differentiated twice: "
+            'use backend="reference" where second derivatives are needed'
         )
 
 
 def _forward(x, folded, bias, seed, patch_size, dropout_p, dtype):
-    from catkernels.kernels.cpsa_forward import forward
+    from catkernels.kernels.cpsa_forward import cpsa_forward
 
-    return forward(x, folded, bias, seed, patch_size, dropout_p, dtype)
-
-
-def _backward(grad, x, folded, seed, patch_size, dropout_p, gives_x, gives_weights):
-    from catkernels.kernels.cpsa_backward import backward
-
-    return backward(grad, x, folded, seed, patch_size, dropout_p, gives_x, gives_weights)
+    return cpsa_forward(x, folded, bias, seed, patch_size, dropout_p, dtype)
 
 
-for _device in KERNEL_DEVICES + (("cpu",) if interpreting() else ()):
-    _library.impl("cpsa_forward", _forward, _device.upper())
-    _library.impl("cpsa_backward", _backward, _device.upper())
-
-
-@torch.library.register_fake("catkernels::cpsa_forward")
 def _forward_fake(x, folded, bias, seed, patch_size, dropout_p, dtype):
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.register_fake("catkernels::cpsa_backward")
-def _backward_fake(grad, x, folded, seed, patch_size, dropout_p, gives_x, gives_weights):
-    side = folded.shape[2]
+def _backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
+    from catkernels.kernels.cpsa_backward import cpsa_backward
+
+    return cpsa_backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights)
+
+
+def _backward_fake(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
+    bias_shape = folded.shape[2:]
     return (
-        x.new_empty(x.shape if gives_x else (0,)),
-        folded.new_empty(folded.shape if gives_weights else (0,)),
-        folded.new_empty((side,) if gives_weights else (0,)),
+        x.new_empty(x.shape if needs_x else (0,)),
+        folded.new_empty(folded.shape if needs_weights else (0,)),
+        folded.new_empty(bias_shape if needs_weights else (0,)),
     )
 
 
-def _products(x_shape: torch.Size, patch_size: int) -> tuple[int, int, int]:
-    """Patches, and FLOPs of a product of all tokens with a matrix, and with one another."""
+def _forward_flops(x_shape, folded_shape, bias, seed, patch_size, *arguments, **_) -> int:
+    """Queries, scores, their products with the tokens, and outputs; of one patch, outputs only."""
+    patches, with_matrix, with_tokens = _product_flops(x_shape, patch_size)
+    return with_matrix if patches == 1 else 2 * with_matrix + 2 * with_tokens
+
+
+def _backward_flops(grad_shape, x_shape, folded_shape, seed, patch_size, *arguments, **_) -> int:
+    """The forward pass again but its outputs, and two products for each of its factors."""
+    patches, with_matrix, with_tokens = _product_flops(x_shape, patch_size)
+    return 2 * with_matrix if patches == 1 else 5 * with_matrix + 6 * with_tokens
+
+
+def _product_flops(x_shape: torch.Size, patch_size: int) -> tuple[int, int, int]:
+    """P, and the FLOPs of a product of all tokens with a matrix, and with one another."""
     batch, height, width, channels = x_shape
     patches = -(-height // patch_size) * -(-width // patch_size)
-    by_matrix = 2 * batch * channels * patches * patch_size**4
-    by_tokens = 2 * batch * channels * patches**2 * patch_size**2
-    return patches, by_matrix, by_tokens
+    tokens = batch * channels * patches
+    return patches, 2 * tokens * patch_size**4, 2 * tokens * patches * patch_size**2
 
 
-@register_flop_formula(torch.ops.catkernels.cpsa_forward)
-def _forward_flops(x_shape, folded, bias, seed, patch_size, *args, out_shape=None, **kwargs) -> int:
-    patches, by_matrix, by_tokens = _products(x_shape, patch_size)
-    return by_matrix if patches == 1 else 2 * by_matrix + 2 * by_tokens
+def _register() -> torch.library.Library:
+    """Define the operators; the library that is returned keeps them alive."""
+    library = torch.library.Library("catkernels", "FRAGMENT")
+    library.define(
+        "cpsa_forward(Tensor x, Tensor folded, Tensor? bias, Tensor? seed, "
+        "int patch_size, float dropout_p, ScalarType dtype) -> Tensor"
+    )
+    library.define(
+        "cpsa_backward(Tensor grad, Tensor x, Tensor folded, Tensor? seed, int patch_size, "
+        "float dropout_p, bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor)"
+    )
+    for name, implementation, fake, flops in (
+        ("cpsa_forward", _forward, _forward_fake, _forward_flops),
+        ("cpsa_backward", _backward, _backward_fake, _backward_flops),
+    ):
+        devices = (*KERNEL_DEVICES, "cpu") if interpreting() else KERNEL_DEVICES
+        for device in devices:
+            library.impl(name, implementation, device.upper())
+        torch.library.register_fake(f"catkernels::{name}", fake, lib=library)
+        register_flop_formula(getattr(torch.ops.catkernels, name))(flops)
+    return library
 
 
-@register_flop_formula(torch.ops.catkernels.cpsa_backward)
-def _backward_flops(
-    grad_shape, x_shape, folded, seed, patch_size, *args, out_shape=None, **kwargs
-) -> int:
-    patches, by_matrix, by_tokens = _products(x_shape, patch_size)
-    return 2 * by_matrix if patches == 1 else 5 * by_matrix + 6 * by_tokens
+_library = _register()
