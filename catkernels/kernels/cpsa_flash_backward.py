@@ -341,7 +341,7 @@ def flash_backward(
             **launch.constants(),
         )
     if needs_weights:
-        weights_launch = flash_weights_launch(tokens.dtype)
+        weights_launch = flash_weights_launch(tokens.dtype, tokens.device)
         blocks = sequences * triton.cdiv(patches, TILE)
         partials = tokens.new_empty((min(PROGRAMS, blocks), PARTIAL.value), dtype=torch.float32)
         cpsa_flash_weights_backward_kernel[(partials.shape[0],)](

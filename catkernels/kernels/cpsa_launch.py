@@ -231,6 +231,8 @@ def flash_backward_launch(dtype: torch.dtype, device) -> FlashLaunch:
     return FlashLaunch(4, 1, 32 if architecture(device) == AMPERE else 64, 64)
 
 
-def flash_weights_launch(dtype: torch.dtype) -> Launch:
-    # fetching ahead frees registers on Ampere (16 bytes are spilt without it); float32 has no room
-    return Launch(8, 1) if dtype == torch.float32 else Launch(4, 2)
+def flash_weights_launch(dtype: torch.dtype, device) -> Launch:
+    if dtype == torch.float32:
+        return Launch(8, 1)
+    # on Ampere, fetching ahead frees registers (16 bytes are spilt without it)
+    return Launch(4, 2 if architecture(device) == AMPERE else 1)
