@@ -140,13 +140,13 @@ def forward_launch(problem: Problem, dtype: torch.dtype, device) -> TileLaunch |
 class BackwardPass:
     """One launch of a backward kernel: the gradients it gives, and how it is launched."""
 
-    gives: tuple[str, ...]  # of x, of the scores' weights, of the values' weights
+    gives: tuple[str, ...]  # "x", "score" and "value": x, A with u, M with the constants
     block_c: int = 1
     patches: int = TILE
     num_warps: int = 4
 
     def is_needed(self, needs_x: bool, needs_weights: bool) -> bool:
-        return any(self.constants(needs_x, needs_weights)[f"GIVE_{g.upper()}"] for g in self.gives)
+        return (needs_x and "x" in self.gives) or (needs_weights and self.gives != ("x",))
 
     def constants(self, needs_x: bool, needs_weights: bool) -> dict:
         return {
