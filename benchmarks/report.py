@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MODELS = {"tiny": "CAT-T", "small": "CAT-S, CAT-B"}
 MODES = ("latency", "inference", "replay", "training")
 
 
@@ -96,56 +97,72 @@ def tables(device: Device) -> Iterator[str]:
     where = device.about["device"] + ("" if device.is_gpu else ", one thread")
     yield f"**{where}** ({versions}; {device.date})"
     yield ""
-    attention = [row for row in device.rows if row["operation"] != "model"]
-    ours = [
-        row for row in attention if row["sweep"] == "stages" and row["provider"] == "catkernels"
-    ]
-    if ours:
-        yield "| attention | model | batch | dtype | pass | stage 1 | stage 2 | stage 3 | stage 4 |"
-        yield "|---|---|---|---|---|---|---|---|---|"
-        lines: dict[tuple, dict[str, str]] = {}
-        for row in ours:
+    yield from _attention_table(device.rows)
+    yield from _model_table(device.rows)
+    links = (
+        f"[{picture.stem.replace('_', ' ')}]({picture.relative_to(ROOT)})"
+        for picture in sorted(device.folder.glob("*.svg"))
+    )
+    yield f"Figures: {', '.join(links)}."
+
+
+def _attention_table(rows: list[dict]) -> Iterator[str]:
+    """This package's rows of the sweep over the models' stages, a stage in each column."""
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        if row.get("sweep") == "stages" and row["provider"] == "catkernels":
             model, stage, *_ = row["name"].split("-")
-            key = (row["operation"].upper(), model, row["batch"], row["dtype"], row["direction"])
-            lines.setdefault(key, {})[stage] = _cell(row)
-        for key, cells in lines.items():
-            stages = [cells.get(f"stage{stage}", "") for stage in range(1, 5)]
-            yield f"| {' | '.join([*map(str, key), *stages])} |"
-        yield ""
-    models = [row for row in device.rows if row["operation"] == "model"]
-    if models:
-        models.sort(key=lambda row: MODES.index(row["direction"]))
-        yield "| model | run | batch | provider | official | time and speed-up |"
-        yield "|---|---|---|---|---|---|"
-        for row in models:
-            key = (row["name"], row["direction"], row["batch"], row["provider"])
-            yield f"| {' | '.join(map(str, key))} | {row['official_ms']:.3g} ms | {_cell(row)} |"
-        yield ""
-    for picture in sorted(device.folder.glob("*.svg")):
-        yield f"[{picture.stem.replace('_', ' ')}]({picture.relative_to(ROOT)})"
+            key = (row["operation"].upper(), MODELS[model], row["batch"], row["dtype"])
+            lines.setdefault((*key, row["direction"]), {})[stage] = _cell(row)
+    if not lines:
+        return
+    yield "| attention | model | batch | dtype | pass | stage 1 | stage 2 | stage 3 | stage 4 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for key, cells in lines.items():
+        stages = [cells.get(f"stage{stage}", "") for stage in range(1, 5)]
+        yield f"| {' | '.join([*map(str, key), *stages])} |"
+    yield ""
+
+
+def _model_table(rows: list[dict]) -> Iterator[str]:
+    """Every provider's row of whole models."""
+    models = [row for row in rows if row["operation"] == "model"]
+    if not models:
+        return
+    yield "| model | run | batch | dtype | provider | official | the provider |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in sorted(models, key=lambda row: MODES.index(row["direction"])):
+        key = (row[name] for name in ("name", "direction", "batch", "dtype", "provider"))
+        yield f"| {' | '.join(map(str, key))} | {row['official_ms']:.3g} ms | {_cell(row)} |"
+    yield ""
 
 
 def _cell(row: dict) -> str:
     """A time and its speed-up over the official operations of the same rounds."""
-    if row["void"]:
-        return "too noisy"
     share = f", {row['percent_of_roofline']:.0f} %" if row["operation"] != "model" else ""
-    note = " (reference)" if row.get("served_by", "").startswith("reference") else ""
-    return f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x{share}{note}"
+    note = ", reference" if row.get("served_by", "").startswith("reference") else ""
+    noisy = " \\*" if row["void"] else ""
+    return f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x{share}{note}{noisy}"
 
 
 def render(devices: list[Device]) -> str:
     """What stands between the README's markers."""
     lines = [
-        "Times against the official operations, timed in turn with them in the same run; the share",
-        "is that of the roofline: the least bytes and products at the device's measured speed of",
-        "copying and multiplying. What a CPU holds in its caches can exceed it.",
+        "Each cell has this package's time, its speed-up over the official operations, timed in",
+        "turn with it, and for the attentions the share of the roofline: the least bytes and",
+        "products at the device's measured speed of copying and multiplying.",
         "",
     ]
     for device in devices:
         lines += [*tables(device), ""]
+    if any(row["void"] for device in devices for row in device.rows):
+        lines += [
+            "\\* void, a noisy moment: the official operations, timed twice, differed from",
+            "themselves by more than a tenth.",
+            "",
+        ]
     if not any(device.is_gpu for device in devices):
-        lines.append("**Not measured yet:** anything on a GPU.")
+        lines.append("**Not measured yet:** any time on a GPU.")
     return "\n".join(lines).rstrip()
 
 
