@@ -12,8 +12,9 @@ import contextlib
 import functools
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,6 +46,17 @@ def judge(
     )
     for name, truth in float64.items():
         assert_within_error_budget(contender[name], official[name], truth, name)
+
+
+@contextlib.contextmanager
+def admitting(provider: str) -> Iterator[None]:
+    """Skip a peer that cannot run here or is judged wrong, with the reason; what is ours fails."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        if provider in ("official", "catkernels"):
+            raise
+        pytest.skip(f"{provider} gets no number: {error}")
 
 
 def race(
