@@ -189,8 +189,9 @@ def file(paths: list[Path], results: Path = RESULTS) -> None:
     for path, run in runs.items():
         folder = results / slug(run["machine_info"]["device"])
         folder.mkdir(parents=True, exist_ok=True)
-        # what the machine calls itself is nobody's business
-        run["machine_info"].pop("node", None)
+        # what a machine calls itself says nothing about its figures
+        for name in ("node", "release"):
+            run["machine_info"].pop(name, None)
         (folder / path.name).write_text(json.dumps(run, indent=1) + "\n")
 
 
