@@ -488,7 +488,7 @@ def test_the_report_says_what_would_raise():
     # heads of 4 dimensions are below what the kernels take, on any device
     served = {block.backend for block in report.blocks if block.kind == "ipsa"}
     assert served == {"raises"}
-    with pytest.raises(ValueError, match="cannot use backend='triton'.*head dimensions"):
+    with pytest.raises(ValueError, match=r"cannot use backend='triton'.*head dimensions"):
         model(images)
 
 
