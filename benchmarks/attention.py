@@ -115,7 +115,9 @@ def _patch_sizes(batch: int) -> list[Shape]:
     ]
 
 
-def _rows(sweep: str, shapes: list[Shape], dtype: str, directions: str, *providers: str):
+def _rows(
+    sweep: str, shapes: list[Shape], dtype: str, directions: str, *providers: str
+) -> Iterator[tuple[Case, str]]:
     for shape in shapes:
         for direction in directions.split():
             for provider in providers:
@@ -138,7 +140,8 @@ def run(benchmark, attention: Attention, case: Case, provider: str) -> None:
         **dataclasses.asdict(case.shape),
     )
     if provider == "catkernels":
-        benchmark.extra_info["served_by"] = attention.served_by(case.shape, inputs)
+        with torch.inference_mode(case.direction == "forward"):
+            benchmark.extra_info["served_by"] = attention.served_by(case.shape, inputs)
     harness.race(
         benchmark,
         workload(case.direction, attend, inputs),
@@ -230,7 +233,7 @@ def workload(
 
 
 def cotangent(output: Tensor) -> Tensor:
-    """A gradient of the output, the same in every dtype but for its rounding."""
+    """A gradient of the output, the same in every dtype: rounded to bfloat16, the coarsest."""
     generator = torch.Generator(DEVICE).manual_seed(1)
-    half = torch.randn(output.shape, dtype=torch.float32, device=DEVICE, generator=generator)
-    return half.bfloat16().to(output.dtype)
+    grad = torch.randn(output.shape, dtype=torch.float32, device=DEVICE, generator=generator)
+    return grad.bfloat16().to(output.dtype)

@@ -64,25 +64,28 @@ def race(
     contender: Callable[[], object],
     official: Callable[[], object],
     *,
+    work: Work,
+    ceilings: Ceilings,
     rounds: int,
     clock: Callable = CLOCK,
     capture: bool = True,
-    work: Work | None = None,
-    ceilings: Ceilings | None = None,
 ) -> None:
     """Time a contender in turn with the official operations, and write down what came of it.
 
     Args:
         benchmark: the fixture of pytest-benchmark, whose timer must be ``clock``. Its
-            ``extra_info`` gets the official times, the speed-up over them and their noise; for a
-            ``work`` also GB/s, TFLOP/s and the share of the roofline.
+            ``extra_info`` gets the official times, the speed-up over them and their noise, GB/s,
+            TFLOP/s and the share of the roofline. Where it is disabled, the contender runs once.
         contender, official: callables of no argument, compiled already.
+        work: the least that the operation must do.
+        ceilings: this device's, for the dtype.
         rounds: timings of each.
         clock: what time is taken with, see `benchmarks.clock`.
         capture: replay both from CUDA graphs where that is possible.
-        work: the least that the operation must do.
-        ceilings: this device's, for the dtype.
     """
+    if not benchmark.enabled:
+        benchmark.pedantic(contender)
+        return
     benchmark.extra_info.update(peak_mib=peak_mib(contender), official_peak_mib=peak_mib(official))
     if capture:
         contender, launched = captured(contender)
@@ -117,17 +120,14 @@ def race(
         speedup=official_s / seconds,
         official_against_itself=noise,
         void=abs(noise - 1) > NOISE,
+        num_bytes=work.num_bytes,
+        flops=work.flops,
+        gb_per_s=work.num_bytes / seconds / 1e9,
+        tflop_per_s=work.flops / seconds / 1e12,
+        percent_of_roofline=100 * ceilings.least_s(work) / seconds,
+        official_percent_of_roofline=100 * ceilings.least_s(work) / official_s,
+        bound_by=ceilings.bound(work),
     )
-    if work is not None:
-        benchmark.extra_info.update(
-            num_bytes=work.num_bytes,
-            flops=work.flops,
-            gb_per_s=work.num_bytes / seconds / 1e9,
-            tflop_per_s=work.flops / seconds / 1e12,
-            percent_of_roofline=100 * ceilings.least_s(work) / seconds,
-            official_percent_of_roofline=100 * ceilings.least_s(work) / official_s,
-            bound_by=ceilings.bound(work),
-        )
 
 
 def flush_cache() -> None:
