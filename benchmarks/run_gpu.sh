@@ -4,7 +4,7 @@
 #   bash benchmarks/run_gpu.sh OUT [part ...]
 #
 #   check     the tests on the device
-#   sanitize  compute-sanitizer on small maps, where it is installed
+#   sanitize  compute-sanitizer on maps of few windows, where it is installed
 #   stress    1000 launches of each kernel, bit for bit the same
 #   ipsa cpsa model   the benchmarks
 #   tune      the candidates of the launch tables, and the rows to ship
@@ -59,7 +59,7 @@ unless_installed() {
 
 check() {
     if ((${#trial[@]})); then
-        tests tests/test_benchmarks.py tests/test_stress.py -k "small or wrong or work"
+        tests tests/test_benchmarks.py tests/test_stress.py -k "few or wrong or work"
     else
         tests -rs tests
     fi
@@ -69,12 +69,12 @@ sanitize() {
     unless_installed compute-sanitizer && return
     # every tensor its own allocation, so that what lies beside it is out of bounds
     timed env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python3 -m pytest -p no:cacheprovider -q -rs tests/test_stress.py -k small
+        python3 -m pytest -p no:cacheprovider -q -rs tests/test_stress.py -k few
 }
 
 stress() {
     if ((${#trial[@]})); then
-        tests -rs tests/test_stress.py -k small
+        tests -rs tests/test_stress.py -k few
     else
         tests -rs --full tests/test_stress.py
     fi

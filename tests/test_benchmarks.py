@@ -100,7 +100,8 @@ def test_a_right_provider_is_timed(subject, direction, provider, monkeypatch):
     monkeypatch.setattr(roofline, "ceilings", lambda dtype: Ceilings(1.0, 1.0))
     case = attention.Case("trial", attention.TRIAL_SHAPE, torch.float32, direction)
     stopwatch = Stopwatch()
-    attention.run(stopwatch, subject, case, provider)
+    with harness.own_stream():
+        attention.run(stopwatch, subject, case, provider)
     assert len(stopwatch.timed) == 1
     info = stopwatch.extra_info
     assert info["provider"] == provider

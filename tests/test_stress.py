@@ -10,11 +10,11 @@ from catkernels.ops.device import best_device, interpreting
 from catkernels.testing import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
 
 DEVICE = best_device()
-SMALL = [
-    Shape("small", batch=2, height=14, width=7, channels=32, num_heads=1),
-    Shape("small-padded", batch=1, height=9, width=8, channels=32, num_heads=1),
+FEW_WINDOWS = [
+    Shape("few-windows", batch=2, height=14, width=7, channels=32, num_heads=1),
+    Shape("few-padded-windows", batch=1, height=9, width=8, channels=32, num_heads=1),
 ]
-LARGE = [
+MANY_WINDOWS = [
     pytest.param(shape, id=str(shape), marks=pytest.mark.skipif(interpreting(), reason="no GPU"))
     for shape in (*cat_stages("small", batch=32), cat_stages("small", (333, 500), batch=2)[0])
 ]
@@ -33,7 +33,7 @@ def cpsa(shape: Shape, dtype: torch.dtype):
 
 @pytest.mark.parametrize("make", [ipsa, cpsa])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=str)
+@pytest.mark.parametrize("shape", [*FEW_WINDOWS, *MANY_WINDOWS], ids=str)
 def test_same_bits_launch_after_launch(make, shape, dtype, full):
     attention, inputs, options = make(shape, dtype)
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
