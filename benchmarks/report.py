@@ -32,9 +32,9 @@ class Device:
 
     Attributes:
         folder: where they are filed.
-        about: the runs' machine_info.
+        about: the latest run's machine_info.
         date: of the latest run.
-        rows: the `extra_info` of each benchmark, with the quartiles of its times.
+        rows: the `extra_info` of each benchmark, see `benchmarks.harness.race`.
     """
 
     folder: Path
@@ -48,23 +48,23 @@ class Device:
 
 
 def load(folder: Path) -> Device:
-    """The runs of one device.
+    """The runs of one device; of a benchmark that was run several times the latest counts.
 
     Raises:
         ValueError: a run is a trial, whose figures mean nothing, or is of another device.
     """
-    runs = [read(path) for path in sorted(folder.glob("*.json"))]
-    about = runs[0]["machine_info"]
+    runs = [read(path) for path in folder.glob("*.json")]
+    runs.sort(key=lambda run: run["datetime"])
+    about = runs[-1]["machine_info"]
     for run in runs:
         if slug(run["machine_info"]["device"]) != folder.name:
             raise ValueError(f"{folder} holds a run on {run['machine_info']['device']}: move it")
-    rows = [
-        benchmark["extra_info"]
-        | {f"{q}_ms": 1e3 * benchmark["stats"][q] for q in ("q1", "median", "q3")}
+    latest = {
+        benchmark["fullname"]: benchmark["extra_info"]
         for run in runs
         for benchmark in run["benchmarks"]
-    ]
-    return Device(folder, about, max(run["datetime"] for run in runs)[:10], rows)
+    }
+    return Device(folder, about, runs[-1]["datetime"][:10], list(latest.values()))
 
 
 def read(path: Path) -> dict:
@@ -183,6 +183,7 @@ def file(paths: list[Path], results: Path = RESULTS) -> None:
     """Copy runs to their devices' folders; none is copied where one is refused.
 
     Raises:
+        OSError: a file cannot be read.
         ValueError: a file is no run of these benchmarks, or a trial.
     """
     runs = {path: read(path) for path in paths}
@@ -205,7 +206,7 @@ def main() -> int:
         for device in devices:
             figures.draw(device.rows, device.folder, device.about["device"])
         README.write_text(insert(README.read_text(), render(devices)))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

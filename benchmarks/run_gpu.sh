@@ -11,7 +11,8 @@
 #   profile   metrics of the main kernels by ncu, where it is installed
 #
 # Without parts, all of them in this order. OUT gets log.txt and one file for each part that
-# measures; `python -m benchmarks.report OUT/*.json` then makes the README's table and the figures.
+# measures; `python -m benchmarks.report OUT/{ipsa,cpsa,model}.json` then makes the README's tables
+# and the figures.
 # Nothing is installed or downloaded: the package is taken from this checkout.
 #
 # Where there is no GPU each part runs at a tiny size, the kernels in Triton's interpreter: it shows

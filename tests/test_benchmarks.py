@@ -185,6 +185,20 @@ def test_a_stored_run_becomes_tables_and_figures(stored_run, tmp_path, monkeypat
     assert ("Not measured yet" in rendered) != device.is_gpu
 
 
+def test_the_latest_run_of_a_benchmark_counts(stored_run, tmp_path):
+    later = json.loads(json.dumps(stored_run | {"datetime": "9999-12-31T00:00:00"}))
+    for benchmark in later["benchmarks"]:
+        benchmark["extra_info"]["contender_ms"] = 123.0
+    # by name the later run comes first
+    for name, run in (("a", later), ("b", stored_run)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    report.file([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "results")
+    (folder,) = (tmp_path / "results").iterdir()
+    device = report.load(folder)
+    assert [row["contender_ms"] for row in device.rows] == [123.0] * len(stored_run["benchmarks"])
+    assert device.date == "9999-12-31"
+
+
 def test_a_trial_is_never_reported(stored_run, tmp_path):
     trial = tmp_path / "trial.json"
     trial.write_text(json.dumps(stored_run | {"machine_info": {"device_state": "", "trial": True}}))
