@@ -9,6 +9,8 @@ import catkernels
 from catkernels.ops.device import best_device, interpreting
 from catkernels.testing import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
 
+pytest.importorskip("triton")
+
 DEVICE = best_device()
 FEW_WINDOWS = [
     Shape("few-windows", batch=2, height=14, width=7, channels=32, num_heads=1),
