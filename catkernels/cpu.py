@@ -41,7 +41,7 @@ def serves(x: Tensor, *others: Tensor | None, dropout_p: float, return_attention
     """
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
     return (
-        type(x) is Tensor
+        type(x) in (Tensor, torch.nn.Parameter)
         and x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.float64)
