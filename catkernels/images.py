@@ -1,0 +1,45 @@
+"""Photographs as CAT takes them: a square, with the colours that ImageNet models are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    import numpy as np
+    import PIL.Image
+    import PIL.ImageOps
+except ImportError as error:
+    raise ImportError(f"reading images needs {error.name}: pip install pillow") from error
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def read_photo(path: Path, size: int) -> PIL.Image.Image:
+    """The photo in a file, upright and in colour: its middle square, ``size`` x ``size`` pixels.
+
+    Raises:
+        ValueError: the file cannot be read as an image.
+    """
+    try:
+        with PIL.Image.open(path) as opened:
+            photo = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from error
+    return middle_square(photo, size)
+
+
+def middle_square(photo: PIL.Image.Image, size: int) -> PIL.Image.Image:
+    """The middle square of a photo, scaled to ``size`` x ``size`` pixels."""
+    side = min(photo.size)
+    left, top = (photo.width - side) // 2, (photo.height - side) // 2
+    return photo.resize((size, size), box=(left, top, left + side, top + side))
+
+
+def normalised(photo: PIL.Image.Image) -> Tensor:
+    """(3, H, W), with the mean and deviation that ImageNet models are trained with."""
+    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels - mean) / std
