@@ -1,10 +1,11 @@
-"""The command line: ``python -m catkernels info`` and ``python -m catkernels demo``."""
+"""The command line: ``python -m catkernels info``, ``demo`` and ``train``."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +14,7 @@ import torch
 
 import catkernels
 from catkernels.cat import VARIANTS
+from catkernels.functional import BACKENDS
 from catkernels.ops import cpsa, ipsa
 from catkernels.ops.device import KERNEL_DEVICES, interpreting
 
@@ -26,26 +28,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m catkernels", description=catkernels.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,train}")
 
     info = commands.add_parser("info", help="versions, devices, and what would serve here and why")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="run a CAT on a photo, as it is and patched")
-    demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
-    demo.add_argument("--model", choices=VARIANTS, default="cat_small", help="default: %(default)s")
-    demo.add_argument("--size", type=_side, default=224, help="side of the image; %(default)s")
-    demo.add_argument("--batch", type=_side, default=8, help="copies of it; %(default)s")
-    demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random by default")
-    demo.add_argument(
-        "--save",
-        type=Path,
-        metavar="FILE.png",
-        default=Path("catkernels-demo.png"),
-        help="where the picture goes; %(default)s",
-    )
-    demo.set_defaults(run=_demo)
-
+    _add_demo(commands)
+    _add_train(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -57,14 +46,76 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _side(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+def _add_demo(commands) -> None:
+    demo = commands.add_parser("demo", help="run a CAT on a photo, as it is and patched")
+    demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
+    demo.add_argument("--model", choices=VARIANTS, default="cat_small", help="default: %(default)s")
+    demo.add_argument("--size", type=_at_least(1), default=224, help="side of it; %(default)s")
+    demo.add_argument("--batch", type=_at_least(1), default=8, help="copies of it; %(default)s")
+    demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random by default")
+    demo.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE.png",
+        default=Path("catkernels-demo.png"),
+        help="where the picture goes; %(default)s",
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser("train", help="train a CAT classifier, on digits or your images")
+    train.add_argument(
+        "--data",
+        default="digits",
+        metavar="FOLDER",
+        help="a folder with a folder of images for each class; by default scikit-learn's digits",
+    )
+    train.add_argument(
+        "--model",
+        choices=("digits", *VARIANTS),
+        help="default: digits for the digits, cat_tiny for a folder",
+    )
+    train.add_argument(
+        "--size", type=_at_least(1), help="side of the images; by default the model's"
+    )
+    train.add_argument("--epochs", type=_at_least(1), help="default: 60 for the digits, else 100")
+    train.add_argument("--batch-size", type=_at_least(1), help="images of a step; 64")
+    train.add_argument("--learning-rate", type=float, help="its peak for 512 images of a step")
+    train.add_argument("--drop-path", type=float, help="stochastic depth; by default the model's")
+    train.add_argument("--seed", type=_at_least(0), help="default: 0")
+    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+    train.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    train.add_argument("--workers", type=_at_least(0), help="processes that read images; up to 8")
+    train.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("catkernels-run"),
+        help="for the weights, metrics, curve and checkpoint; %(default)s",
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    train.add_argument(
+        "--strict", action="store_true", help="stop at an unreadable image, do not leave it out"
+    )
+    train.set_defaults(run=_train)
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    """A parser of whole numbers."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = smallest - 1
+        if value < smallest:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number of at least {smallest}"
+            )
+        return value
+
+    return parse
 
 
 def _info(_options: argparse.Namespace) -> None:
@@ -119,6 +170,14 @@ def _demo(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         save=options.save,
     )
+
+
+def _train(options: argparse.Namespace) -> None:
+    # training's own needs, such as scikit-learn, are no needs of the package
+    from catkernels.training.command import run
+
+    arguments = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    run(**arguments)
 
 
 if __name__ == "__main__":
