@@ -164,7 +164,7 @@ def cpsa_attention(
         if weight is None and name.endswith("bias"):
             continue
         _check_tensor(name, weight, axes, sizes, like=x)
-        if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if weight.dtype != x.dtype and not _autocast_is_on(x.device):
             raise TypeError(
                 f"{name} is {weight.dtype} but x is {x.dtype}: give them one dtype or use autocast"
             )
@@ -280,9 +280,14 @@ def _runs_kernels(
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that `torch.nn.functional.linear` would compute with, autocast considered."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and _autocast_is_on(x.device):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _autocast_is_on(device: torch.device) -> bool:
+    # the meta device knows no autocast, and raises when asked
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,165 @@
+"""`torch.compile`, fake and meta tensors, and function transforms."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import catkernels
+from catkernels import official
+from catkernels.testing import (
+    Shape,
+    assert_within_error_budget,
+    make_cpsa_inputs,
+    make_ipsa_inputs,
+)
+
+TINY = {"embed_dim": 12, "depths": (1, 1), "num_heads": (3, 3), "num_classes": 4, "ape": True}
+SHAPE = Shape("padded", batch=2, height=9, width=16, channels=12, num_heads=3)
+
+
+def ipsa(qkv, bias_table, qkv_bias):
+    return catkernels.ipsa_attention(qkv, bias_table, num_heads=3, patch_size=7, qkv_bias=qkv_bias)
+
+
+def cpsa(*tensors):
+    return catkernels.cpsa_attention(*tensors, patch_size=7)
+
+
+FUNCTIONS = {"ipsa": (ipsa, make_ipsa_inputs), "cpsa": (cpsa, make_cpsa_inputs)}
+
+
+def compiled(module_or_function, **options):
+    torch._dynamo.reset()
+    return torch.compile(module_or_function, fullgraph=True, backend="aot_eager", **options)
+
+
+def outputs_and_gradients(function, inputs, parameters):
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(output.square().sum() for output in outputs)
+    gradients = torch.autograd.grad(loss, parameters)
+    # as one: gradients that cancel to nearly nothing are all rounding, and differ by any factor
+    return *outputs, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_compile_to_one_graph(name):
+    function, make_inputs = FUNCTIONS[name]
+    inputs = tuple(tensor.requires_grad_() for tensor in make_inputs(SHAPE).values())
+    expected = outputs_and_gradients(function, inputs, inputs)
+    actual = outputs_and_gradients(compiled(function), inputs, inputs)
+    for result, eager in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, eager)
+
+
+MODELS = {
+    "classifier": lambda: catkernels.CAT(**TINY, img_size=56),
+    "backbone": lambda: catkernels.CAT(**TINY, img_size=56, out_indices=(0, 1)),
+    "patched classifier": lambda: patched(official.CAT(**TINY, img_size=56)),
+    "patched backbone": lambda: patched(official.CAT(**TINY, img_size=56, out_indices=(0, 1))),
+    "official": lambda: official.CAT(**TINY, img_size=56),
+}
+
+
+def patched(model):
+    catkernels.patch(model)
+    return model
+
+
+def images(model, batch: int = 2) -> torch.Tensor:
+    size = (50, 61) if model.is_backbone else (56, 56)
+    return torch.randn(batch, 3, *size)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_compile_to_one_graph(name, mode):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for module in model.modules():
+        # random streams are not the same compiled
+        if isinstance(module, catkernels.block.DropPath):
+            module.drop_prob = 0.0
+    getattr(model, mode)()
+    double = deepcopy(model).double()
+    x = images(model)
+    expected = outputs_and_gradients(model, (x,), tuple(model.parameters()))
+    actual = outputs_and_gradients(compiled(model), (x,), tuple(model.parameters()))
+    truth = outputs_and_gradients(double, (x.double(),), tuple(double.parameters()))
+    for result, eager, exact in zip(actual, expected, truth, strict=True):
+        assert_within_error_budget(result, eager, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "grad"),
+    [
+        ("classifier", True),
+        pytest.param("classifier", False, marks=pytest.mark.full),
+        pytest.param("backbone", True, marks=pytest.mark.full),
+        ("backbone", False),
+        pytest.param("patched classifier", True, marks=pytest.mark.full),
+        pytest.param("patched classifier", False, marks=pytest.mark.full),
+    ],
+)
+def test_one_recompilation_serves_every_batch_size(name, grad):
+    model = MODELS[name]().eval()
+    function = compiled(model)
+    with torch.set_grad_enabled(grad):
+        function(images(model, 2))
+        function(images(model, 3))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in (4, 7, 2):
+                x = images(model, batch)
+                torch.testing.assert_close(function(x), model(x))
+
+
+@pytest.mark.full
+def test_inductor_computes_the_same():
+    model = catkernels.CAT(**{**TINY, "depths": (1,), "num_heads": (3,)}, img_size=28).eval()
+    x = torch.randn(2, 3, 28, 28)
+    torch._dynamo.reset()
+    actual = torch.compile(deepcopy(model), fullgraph=True)(x)
+    torch.testing.assert_close(actual, model(x))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_fake_and_meta_tensors(name):
+    function, make_inputs = FUNCTIONS[name]
+    inputs = make_inputs(SHAPE).values()
+    assert function(*(tensor.to("meta") for tensor in inputs)).shape == (2, 9, 16, 12)
+    with FakeTensorMode() as mode:
+        fake = function(*(mode.from_tensor(tensor) for tensor in inputs))
+    assert fake.shape == (2, 9, 16, 12)
+    # nothing fake stays behind in a cache
+    assert function(*inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_transforms(name):
+    function, make_inputs = FUNCTIONS[name]
+    x, *others = make_inputs(SHAPE).values()
+
+    def loss(x):
+        return function(x, *others).square().sum()
+
+    x.requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(x), x)[0])
+    stacked = torch.stack([x, 2 * x]).detach()
+    one_by_one = torch.stack([function(part, *others) for part in stacked])
+    torch.testing.assert_close(
+        torch.func.vmap(lambda part: function(part, *others))(stacked), one_by_one
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_gradient_penalty_reaches_every_input(name):
+    function, make_inputs = FUNCTIONS[name]
+    inputs = tuple(tensor.double().requires_grad_() for tensor in make_inputs(SHAPE).values())
+    loss = function(*inputs).square().sum()
+    (gradient,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
+    penalty = torch.autograd.grad(gradient.square().sum(), inputs, allow_unused=True)
+    assert all(second is not None and second.isfinite().all() for second in penalty)
