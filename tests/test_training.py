@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.image
-import numpy as np
 import pytest
 import torch
-from fresh_process import ROOT
-from PIL import Image
-from torch.utils.data import TensorDataset
+from tiny_training import RECIPE, tiny_data, tiny_model, torchrun, trained, write_photos
 
-import catkernels
-from catkernels.__main__ import main
-from catkernels.training.data import Augmentation, ImageData, digits_data, folder_data, warp
+from catkernels.training.data import Augmentation, digits_data, folder_data, warp
 from catkernels.training.processes import Processes
 from catkernels.training.recipe import Recipe, make_optimizer, make_schedule
 from catkernels.training.run_folder import write_atomically
 from catkernels.training.trainer import Trainer
-
-RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.5)
-
-
-def tiny_model(**options) -> catkernels.CAT:
-    torch.manual_seed(1)
-    sizes = {"img_size": 8, "patch_emb_size": 1, "in_chans": 1, "num_classes": 3, "patch_size": 4}
-    stages = {"embed_dim": 4, "depths": (1, 1), "num_heads": (1, 2), "ape": True}
-    return catkernels.CAT(**(sizes | stages | options))
-
-
-def tiny_data() -> ImageData:
-    """Three classes that differ in which third of the image is bright."""
-    generator = torch.Generator().manual_seed(2)
-    labels = torch.arange(45) % 3
-    images = torch.randn(45, 1, 8, 8, generator=generator)
-    for image, label in zip(images, labels, strict=True):
-        image[0, 3 * label : 3 * label + 2] += 3
-    train, test = (TensorDataset(images[part], labels[part]) for part in (slice(36), slice(36, 45)))
-    return ImageData(train, test, ("top", "middle", "bottom"), Augmentation(10, 0.1, 0.1, True))
-
-
-def trained(trainer: Trainer, until_step: int | None = None) -> dict[str, torch.Tensor]:
-    """The weights after so many steps, by default all."""
-    for _ in trainer.run():
-        if trainer.step == until_step:
-            break
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
 def assert_bit_equal(actual: dict, expected: dict) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name
-
-
-def write_photos(folder: Path, count: int = 10, classes: tuple[str, ...] = ("dark", "light")):
-    """Images of noise, lighter from class to class, in a folder for each class."""
-    generator = np.random.default_rng(0)
-    for index, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for image in range(count):
-            pixels = generator.integers(0, 80, (12, 16, 3)) + 150 * index
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{image}.png")
-    return folder
 
 
 @pytest.fixture
@@ -291,30 +241,15 @@ class TestTrainer:
 DIVIDED = """
 import sys
 import torch
-from test_training import RECIPE, Trainer, tiny_data, tiny_model, trained
+from tiny_training import RECIPE, tiny_data, tiny_model, trained
 from catkernels.training.processes import joined_processes
+from catkernels.training.trainer import Trainer
 
 with joined_processes() as processes:
     trainer = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, processes)
     weights = trained(trainer)
     torch.save([weights, trainer.losses, trainer.evaluate()], f"{sys.argv[1]}/{processes.rank}.pt")
 """
-
-
-def torchrun(processes: int, *arguments: str) -> str:
-    """What a program prints that ``torchrun`` starts in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    result = subprocess.run(
-        [*command, f"--nproc-per-node={processes}", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def test_two_processes_give_the_weights_of_one_with_the_joined_batch(tmp_path):
@@ -327,114 +262,6 @@ def test_two_processes_give_the_weights_of_one_with_the_joined_batch(tmp_path):
         torch.testing.assert_close(weights, expected)
         torch.testing.assert_close(losses, alone.losses)
         assert evaluation == pytest.approx(alone.evaluate())
-
-
-class TestCommand:
-    SMALL = ("--model", "digits", "--size", "8", "--batch-size", "8", "--workers", "0")
-
-    def command(self, photos: Path, output: Path, *more: str) -> list[str]:
-        return ["train", "--data", str(photos), "--output", str(output), *self.SMALL, *more]
-
-    def test_a_run_leaves_weights_metrics_and_a_curve(self, photos, tmp_path, capsys):
-        (photos / "dark" / "0.png").write_text("no image")
-        output = tmp_path / "run"
-        assert main(self.command(photos, output, "--epochs", "3")) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert "left out: cannot read the image" in lines[0]
-        assert lines[1] == "1 of 20 images cannot be read and are left out"
-        assert "15 images of 2 classes, 4 held out" in lines[2]
-
-        header, *rows = (output / "metrics.csv").read_text().splitlines()
-        assert header == "epoch,learning_rate,train_loss,test_loss,test_accuracy,seconds"
-        assert [row.split(",")[0] for row in rows] == ["1", "2", "3"]
-        accuracy = float(rows[-1].split(",")[4])
-        assert lines[-1] == f"test accuracy {100 * accuracy:.1f} %"
-        assert matplotlib.image.imread(output / "curve.png").std() > 0.05
-        assert {file.name for file in output.iterdir()} == {
-            "checkpoint.pt",
-            "curve.png",
-            "metrics.csv",
-            "model.safetensors",
-        }
-
-    def test_killed_it_resumes_to_the_very_same_weights(self, photos, tmp_path, capsys):
-        whole, killed = tmp_path / "whole", tmp_path / "killed"
-        epochs = ("--epochs", "20")
-        assert main(self.command(photos, whole, *epochs)) == 0
-
-        process = subprocess.Popen(
-            [sys.executable, "-m", "catkernels", *self.command(photos, killed, *epochs)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-        )
-        while not (killed / "checkpoint.pt").exists():
-            assert process.poll() is None, "it ended without a checkpoint"
-            time.sleep(0.001)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-        assert not (killed / "model.safetensors").exists()
-
-        capsys.readouterr()
-        assert main(self.command(photos, killed, *epochs, "--resume")) == 0
-        assert "resumed after step" in capsys.readouterr().out
-        weights = [(run / "model.safetensors").read_bytes() for run in (whole, killed)]
-        assert weights[0] == weights[1]
-
-    def test_a_finished_run_is_kept(self, photos, tmp_path, capsys):
-        command = self.command(photos, tmp_path / "run", "--epochs", "1")
-        assert main([*command, "--resume"]) == 0
-        result = capsys.readouterr().out.splitlines()[-1]
-        weights = (tmp_path / "run" / "model.safetensors").read_bytes()
-
-        assert main(command) == 2
-        assert "holds a run already: go on with it by --resume" in capsys.readouterr().err
-        assert main([*command, "--resume", "--seed", "1"]) == 2
-        assert "seed was 0 and is now 1" in capsys.readouterr().err
-        assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
-        assert main([*command, "--resume"]) == 0
-        assert capsys.readouterr().out.splitlines()[-1] == result
-
-    @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"no checkpoint"])
-    def test_a_damaged_checkpoint_is_named(self, photos, tmp_path, capsys, damage):
-        command = self.command(photos, tmp_path / "run", "--epochs", "1")
-        assert main(command) == 0
-        checkpoint = tmp_path / "run" / "checkpoint.pt"
-        checkpoint.write_bytes(damage(checkpoint.read_bytes()))
-        assert main([*command, "--resume"]) == 2
-        error = capsys.readouterr().err
-        assert f"{checkpoint} is no checkpoint of a run: remove it to start again" in error
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (("--data", "nowhere"), "--data must be 'digits' or a folder of images"),
-            (("--epochs", "0"), "'0' is not a whole number of at least 1"),
-            (("--backend", "cuda"), "invalid choice: 'cuda'"),
-            (("--batch-size", "64"), "at most the 16 training images, got 64"),
-            (("--output", "{photos}/dark/0.png"), "File exists"),
-            (("--learning-rate", "0"), "learning_rate must be more than 0, got 0.0"),
-            (("--drop-path", "1"), "drop_path must be in [0, 1), got 1"),
-            (("--workers", "-1"), "'-1' is not a whole number of at least 0"),
-        ],
-    )
-    def test_errors_are_one_line_and_exit_2(self, photos, tmp_path, capfd, arguments, message):
-        arguments = [argument.format(photos=photos) for argument in arguments]
-        try:
-            status = main(self.command(photos, tmp_path / "run", *arguments))
-        except SystemExit as stopped:
-            status = stopped.code
-        assert status == 2
-        errors = capfd.readouterr().err
-        assert message in errors
-        assert len(errors.splitlines()) == 1
-        assert not (tmp_path / "run").exists()
-
-    def test_torchrun_divides_it_without_further_flags(self, photos, tmp_path):
-        command = self.command(photos, tmp_path / "run", "--epochs", "2")
-        output = torchrun(2, "-m", "catkernels", *command)
-        assert "fp32 on cpu and 1 more" in output
-        assert output.count("test accuracy") == 3
-        assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

@@ -92,7 +92,7 @@ class Trainer:
         # half precision's range is too small for the gradients of a mean over a batch
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.step = 0
-        self.losses = torch.zeros(self.steps, device=device)
+        self.losses = torch.zeros(self.steps, device=device, dtype=next(model.parameters()).dtype)
         self.epochs: list[Epoch] = []
 
     def run(self) -> Iterator[Epoch | None]:
