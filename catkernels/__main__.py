@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, MemoryError) as error:
         print(f"{parser.prog} {options.command}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -50,8 +50,8 @@ def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="run a CAT on a photo, as it is and patched")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
     demo.add_argument("--model", choices=VARIANTS, default="cat_small", help="default: %(default)s")
-    demo.add_argument("--size", type=_at_least(1), default=224, help="side of it; %(default)s")
-    demo.add_argument("--batch", type=_at_least(1), default=8, help="copies of it; %(default)s")
+    demo.add_argument("--size", type=_whole(1, 4096), default=224, help="its side; %(default)s")
+    demo.add_argument("--batch", type=_whole(1, 1024), default=8, help="copies of it; %(default)s")
     demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random by default")
     demo.add_argument(
         "--save",
@@ -77,16 +77,20 @@ def _add_train(commands) -> None:
         help="default: digits for the digits, cat_tiny for a folder",
     )
     train.add_argument(
-        "--size", type=_at_least(1), help="side of the images; by default the model's"
+        "--size", type=_whole(1, 4096), help="side of the images; by default the model's"
     )
-    train.add_argument("--epochs", type=_at_least(1), help="default: 60 for the digits, else 100")
-    train.add_argument("--batch-size", type=_at_least(1), help="images of a step; 64")
+    train.add_argument(
+        "--epochs", type=_whole(1, 10**6), help="default: 60 for the digits, else 100"
+    )
+    train.add_argument("--batch-size", type=_whole(1, 2**20), help="images of a step; 64")
     train.add_argument("--learning-rate", type=float, help="its peak for 512 images of a step")
     train.add_argument("--drop-path", type=float, help="stochastic depth; by default the model's")
-    train.add_argument("--seed", type=_at_least(0), help="default: 0")
+    train.add_argument("--seed", type=_whole(0, 2**32), help="default: 0")
     train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: fp32")
     train.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
-    train.add_argument("--workers", type=_at_least(0), help="processes that read images; up to 8")
+    train.add_argument(
+        "--workers", type=_whole(0, 1024), help="processes that read images; up to 8"
+    )
     train.add_argument(
         "--output",
         type=Path,
@@ -101,19 +105,13 @@ def _add_train(commands) -> None:
     train.set_defaults(run=_train)
 
 
-def _at_least(smallest: int) -> Callable[[str], int]:
-    """A parser of whole numbers."""
-
+def _whole(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = smallest - 1
-        if value < smallest:
+        if not text.isdecimal() or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number of at least {smallest}"
+                f"{text!r} is not a whole number from {least} to {most}"
             )
-        return value
+        return int(text)
 
     return parse
 

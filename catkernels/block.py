@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from catkernels import reference
-from catkernels.functional import Backend, check_patch_size
+from catkernels.functional import Backend, check_backend, check_patch_size
 from catkernels.modules import CPSA, IPSA, cpsa_layer, ipsa_layer, is_intercepted
 
 # What an official block consists of.
 CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
 # The names under which official blocks keep the size of the map that their tokens are.
 _MAP_SIZE = {"H", "W", "input_resolution"}
+# How the names of the dictionaries end that hold a module's hooks.
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+# Set by a hook's registration, beside the dictionaries that hold the hooks.
+_HOOK_FLAG = "_is_full_backward_hook"
 
 
 class CATBlock(nn.Module):
@@ -78,7 +82,6 @@ class CATBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop)
-        self.backend = backend
 
     @classmethod
     def adopt(cls, block: nn.Module, backend: Backend) -> CATBlock:
@@ -87,7 +90,7 @@ class CATBlock(nn.Module):
         nn.Module.__init__(adopted)
         for name, value in vars(block).items():
             # the hooks' own dictionaries, so that a hook's handle still removes it
-            if name in _MAP_SIZE or "hook" in name:
+            if name in _MAP_SIZE or name == _HOOK_FLAG or name.endswith(_HOOKS):
                 setattr(adopted, name, value)
         for name in CHILDREN:
             setattr(adopted, name, getattr(block, name))
@@ -100,6 +103,17 @@ class CATBlock(nn.Module):
         return adopted
 
     @property
+    def backend(self) -> Backend:
+        """What the attention asks for. It has one of its own where it is an `IPSA` or `CPSA`."""
+        return self.attn.backend if isinstance(self.attn, IPSA | CPSA) else self._backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self._backend = check_backend(backend)
+        if isinstance(self.attn, IPSA | CPSA):
+            self.attn.backend = backend
+
+    @property
     def is_adopted(self) -> bool:
         """Whether this block stands in the place of an official one."""
         return "_adopted" in vars(self)
@@ -108,6 +122,7 @@ class CATBlock(nn.Module):
         """The block that `adopt` took over, with this block's present children, mode, H and W."""
         (block,) = self._adopted
         block.training = self.training
+        setattr(block, _HOOK_FLAG, getattr(self, _HOOK_FLAG))
         for name in CHILDREN:
             setattr(block, name, getattr(self, name))
         for name in _MAP_SIZE & vars(block).keys():
@@ -156,7 +171,7 @@ class CATBlock(nn.Module):
         """The attention of a map (B, H, W, C)."""
         if isinstance(self.attn, IPSA | CPSA):
             return self.attn(x)
-        if is_intercepted(self.attn):
+        if needs_its_own_call(self.attn):
             return self._attend_through_tokens(x)
         layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
         return layer(self.attn, x, self.patch_size, self.backend)
@@ -178,8 +193,14 @@ class CATBlock(nn.Module):
         return f"attn_type={self.attn_type!r}, patch_size={self.patch_size}"
 
 
+def needs_its_own_call(attn: nn.Module) -> bool:
+    """Whether somebody listens to an official attention, or to parts that ours would not call."""
+    parts = (attn, attn.attn_drop, getattr(attn, "softmax", None))
+    return any(part is not None and is_intercepted(part) for part in parts)
+
+
 class Mlp(nn.Module):
-    """``fc2(act(fc1(x)))`` with dropout after each of the two halves."""
+    """``fc2(act(fc1(x)))``, (.., C) -> the same, with dropout after each of the two halves."""
 
     def __init__(
         self,
@@ -201,7 +222,7 @@ class Mlp(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth: in training, zero the branch of an image with probability ``drop_prob``.
 
-    What remains is scaled by ``1 / (1 - drop_prob)``.
+    Tensors (B, ..) keep their shape; what remains is scaled by ``1 / (1 - drop_prob)``.
     """
 
     def __init__(self, drop_prob: float) -> None:

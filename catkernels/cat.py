@@ -105,11 +105,15 @@ class CAT(nn.Module):
     ) -> None:
         super().__init__()
         stages = len(depths)
+        if not stages or min(depths) < 0:
+            raise ValueError(f"depths must name the blocks of at least one stage, got {depths}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {num_classes}")
         if len(num_heads) != stages:
             raise ValueError(
                 f"depths names {stages} stages and num_heads {len(num_heads)}: give as many of each"
             )
-        if out_indices is not None and not set(out_indices) <= set(range(stages)):
+        if isinstance(out_indices, int) or not set(out_indices or ()) <= set(range(stages)):
             raise ValueError(f"out_indices must be stages 0 .. {stages - 1}, got {out_indices}")
         self.num_classes = num_classes
         self.out_indices = None if out_indices is None else tuple(out_indices)
@@ -293,10 +297,12 @@ class PatchEmbedding(nn.Module):
         return nn.Conv2d(self.in_chans, embed_dim, kernel_size=size, stride=size)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
+        if images.dim() != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
             raise ValueError(
                 f"images must be (B, {self.in_chans}, H, W), got {tuple(images.shape)}"
             )
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating-point, got {images.dtype}: divide by 255")
         bottom = -images.shape[2] % self.patch_emb_size[0]
         right = -images.shape[3] % self.patch_emb_size[1]
         if bottom or right:
@@ -369,8 +375,8 @@ def _neighbours(x: Tensor, dims: tuple[int, int]) -> list[Tensor]:
 
 def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"a size must be a side or (height, width), each >= 1, got {size}")
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"a size must be a side or (height, width) of at least 1, got {size}")
     return sides
 
 

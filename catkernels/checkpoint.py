@@ -6,7 +6,7 @@ import argparse
 import os
 import pickle
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -22,7 +22,7 @@ _CONTAINERS = ("model", "state_dict", "model_state_dict")
 _KIND_SPECIFIC = re.compile(r"(norm\d*|head)\.(weight|bias)")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadReport:
     """What `load_checkpoint` did.
 
@@ -68,30 +68,37 @@ def load_checkpoint(
         path_or_state_dict: a file, or the weights themselves.
         strict: raise where names are missing or unexpected or shapes do not match. What a
             classifier and a backbone do not share, the norms of the outputs and the head, is
-            reported only. With False all of it is reported only.
+            reported only, and so is what stands beside a "backbone." in a detector's file. With
+            False all of it is reported only.
 
     Returns:
         What was loaded, converted, missing, unexpected and mismatched.
 
     Raises:
+        TypeError: ``model`` is no module.
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint, or not of this model.
     """
-    source, where = _read(path_or_state_dict)
-    weights = _strip_prefix(_unwrap(source, where), model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     target = model.state_dict()
+    if any(value.is_meta for value in target.values()):
+        raise ValueError("the model is on the meta device, which holds no values: move it first")
+    source, where = _read(path_or_state_dict)
+    weights, foreign = _strip_prefix(_unwrap(source, where))
     grid = getattr(model, "ape_grid", None)
-    report = LoadReport()
+    report = LoadReport(unexpected=list(foreign))
     fitting: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name not in target:
             report.unexpected.append(name)
             continue
-        if name.endswith("relative_position_index"):
-            # follows from the patch size alone, so the model's own is right
-            report.loaded.append(name)
-            continue
         wanted = target[name].shape
+        if name.endswith("relative_position_index"):
+            # follows from the patch size, so that of another size is not missed; another order is
+            if value.shape == wanted and not torch.equal(value.to(target[name]), target[name]):
+                report.mismatched[name] = "another order of the bias table"
+            continue
         converted = _convert(name, value, wanted, grid)
         if converted.shape == wanted:
             fitting[name] = converted
@@ -100,18 +107,18 @@ def load_checkpoint(
                 report.converted[name] = f"{tuple(value.shape)} -> {tuple(wanted)}"
         else:
             report.mismatched[name] = f"{tuple(value.shape)} in {where}, {tuple(wanted)} here"
-    report.missing = [
+    report.missing.extend(
         name
         for name in target
         if name not in weights and not name.endswith("relative_position_index")
-    ]
+    )
     if not fitting:
         raise ValueError(
             f"{where} holds none of the model's weights: it has {_some(weights)}, "
             f"the model {_some(target)}"
         )
     if strict:
-        _raise_unless_strict(report, where)
+        _raise_unless_it_fits(report, set(foreign), where)
     model.load_state_dict(fitting, strict=False)
     return report
 
@@ -123,7 +130,7 @@ def _read(path_or_state_dict) -> tuple[Mapping, str]:
     path = Path(path_or_state_dict)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path), path.name
     try:
         # official files also hold the training configuration, in containers that can do no harm
@@ -171,29 +178,32 @@ def _unwrap(content, where: str) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{where} holds no state_dict but a {type(content).__name__}")
-    wrong = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if wrong:
-        raise ValueError(
-            f"{where} holds no state_dict: {wrong[0]!r} is a {type(content[wrong[0]]).__name__}, "
-            "not a tensor"
-        )
+        found = "nothing" if content == {} else f"a {type(content).__name__}"
+        raise ValueError(f"{where} holds no weights but {found}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{where} holds no weights by name: {name!r} is a {kind}")
+        if value.is_meta or value.is_complex() or value.layout != torch.strided:
+            raise ValueError(f"{where} holds no plain real values for {name!r}")
     return dict(content)
 
 
-def _strip_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Remove what a wrapper put before the names, "module." or "backbone." or any other."""
-    wanted = model.state_dict().keys()
-    prefixes = Counter(
-        name.removesuffix(known)
-        for name in weights
-        for known in (name[start.end() :] for start in re.finditer(r"^|\.", name))
-        if known in wanted
-    )
-    if not prefixes:
-        return weights
-    prefix = prefixes.most_common(1)[0][0]
-    return {name.removeprefix(prefix): value for name, value in weights.items()}
+def _strip_prefix(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Remove what a wrapper put before the names, and tell the names that were not in it.
+
+    The prefix is that of the patch embedding, which every CAT has; the shortest, where an average
+    of the weights stands beside them.
+    """
+    embedding = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(embedding) for name in weights if name.endswith(embedding)]
+    prefix = min(prefixes, key=len, default="")
+    inside = {
+        name.removeprefix(prefix): value
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+    return inside, [name for name in weights if not name.startswith(prefix)]
 
 
 def _convert(
@@ -206,7 +216,7 @@ def _convert(
         return _convert_position_embedding(value, wanted, ape_grid)
     if name.endswith("relative_position_bias_table") and value.shape[1:] == wanted[1:]:
         old, new = isqrt(value.shape[0]), isqrt(wanted[0])
-        if (old**2, new**2) == (value.shape[0], wanted[0]):
+        if old and (old**2, new**2) == (value.shape[0], wanted[0]):
             grid = value.T.unflatten(1, (old, old))[None]  # (1, heads, 2N-1, 2N-1)
             return _resize(grid, (new, new))[0].flatten(1).T.contiguous()
     return value
@@ -246,12 +256,17 @@ def _grid(tokens: int, known: tuple[int, int] | None) -> tuple[int, int] | None:
 def _resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(grid.shape[2:]) == size:
         return grid
-    return F.interpolate(grid.float(), size, mode="bicubic").to(grid.dtype)
+    wide = grid if grid.dtype == torch.float64 else grid.float()
+    return F.interpolate(wide, size, mode="bicubic").to(grid.dtype)
 
 
-def _raise_unless_strict(report: LoadReport, where: str) -> None:
+def _raise_unless_it_fits(report: LoadReport, foreign: set[str], where: str) -> None:
     missing = [name for name in report.missing if not _KIND_SPECIFIC.fullmatch(name)]
-    unexpected = [name for name in report.unexpected if not _KIND_SPECIFIC.fullmatch(name)]
+    unexpected = [
+        name
+        for name in report.unexpected
+        if name not in foreign and not _KIND_SPECIFIC.fullmatch(name)
+    ]
     if not (missing or unexpected or report.mismatched):
         return
     faults = []

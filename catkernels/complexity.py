@@ -17,7 +17,7 @@ class StageMacs:
     """MACs of one attention layer in a stage, for one image (paper, section 3.2).
 
     Attributes:
-        height, width, channels: the stage's map, and N-padded where N does not divide it.
+        height, width, channels: the stage's map, padded to multiples of N.
         msa: by formula, what global multi-head self-attention would take.
         ipsa, cpsa: by formula.
         ipsa_counted, cpsa_counted: as PyTorch counts the official order of operations.

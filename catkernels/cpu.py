@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from catkernels.reference import pad_to_patches, relative_position_index, split_patches
 
@@ -28,21 +29,31 @@ LARGE_BYTES = 16 * 2**20
 def serves(x: Tensor, *others: Tensor | None, dropout_p: float, return_attention: bool) -> bool:
     """Whether these functions can stand in for the reference.
 
-    They must not while compiling or exporting, where the batch size may be symbolic, and not with
-    dropout, which checkpointing must be able to repeat with the reference. Half precision and mixed
-    dtypes are left to the reference, whose roundings are its own.
+    They must not while a graph is recorded, for it shall serve any batch, nor within transforms,
+    which differentiate or batch what is done in place here, nor with dropout, which checkpointing
+    must be able to repeat with the reference. Half precision and mixed dtypes are left to the
+    reference, whose roundings are its own.
     """
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
+        and x.numel() > 0
         and x.dtype in (torch.float32, torch.float64)
         and all(tensor.dtype == x.dtype for tensor in tensors)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not (dropout_p or return_attention)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not _is_transformed()
     )
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` transforms or forward-mode differentiation are at work."""
+    within_func = torch._C._functorch.peek_interpreter_stack() is not None
+    return within_func or forward_ad._current_level >= 0
 
 
 def ipsa_attention(

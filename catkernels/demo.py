@@ -57,12 +57,14 @@ def run(
     """
     if save.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
+    if not save.parent.is_dir():
+        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
     photo = _load_photo(image, size)
     device = best_device()
     torch.manual_seed(0)
     network = official.CAT(**VARIANTS[model], img_size=size, out_indices=(0, 1, 2, 3))
     if checkpoint is not None:
-        load_checkpoint(network, checkpoint)
+        print(load_checkpoint(network, checkpoint))
     network = network.to(device).eval()
     images = normalised(photo).repeat(batch, 1, 1, 1).to(device)
 
@@ -140,7 +142,8 @@ def _peak_mib(work: Callable[[], object]) -> float | None:
         start = _status_kib("VmRSS")
         work()
         return (_status_kib("VmHWM") - start) / 2**10
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):
+        # no such files, or no such function, on this system
         return None
 
 

@@ -9,6 +9,7 @@ can serve and the reference elsewhere; `unsupported_reasons` says why a call wou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -65,7 +66,8 @@ def ipsa_attention(
     patch_size = check_patch_size(patch_size)
     _check_tensor("qkv", qkv, "(B, H, W, 3C)", (None, None, None, None))
     channels = qkv.shape[-1] // 3
-    if num_heads < 1 or qkv.shape[-1] != 3 * channels or channels % num_heads:
+    _check_number("num_heads", num_heads, int)
+    if num_heads < 1 or channels < 1 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"qkv has {qkv.shape[-1]} channels, which are not 3 x num_heads={num_heads} x head_dim"
         )
@@ -74,7 +76,7 @@ def ipsa_attention(
         _check_tensor("bias_table", bias_table, "((2N - 1)**2, heads)", sizes, like=qkv)
     if qkv_bias is not None:
         _check_tensor("qkv_bias", qkv_bias, "(3C,)", (3 * channels,), like=qkv)
-    _check_dropout(dropout_p)
+    _check_scale_and_dropout(scale, dropout_p)
 
     # as autocast does for scaled_dot_product_attention: what arrives in float32 leaves in half
     qkv = qkv.to(_compute_dtype(qkv))
@@ -164,11 +166,13 @@ def cpsa_attention(
         if weight is None and name.endswith("bias"):
             continue
         _check_tensor(name, weight, axes, sizes, like=x)
-        if weight.dtype != x.dtype and not _autocast_is_on(x.device):
+        if weight.dtype != x.dtype and (
+            torch.float64 in (weight.dtype, x.dtype) or not _autocast_is_on(x.device)
+        ):
             raise TypeError(
                 f"{name} is {weight.dtype} but x is {x.dtype}: give them one dtype or use autocast"
             )
-    _check_dropout(dropout_p)
+    _check_scale_and_dropout(scale, dropout_p)
 
     reasons = _cpsa_reasons(
         x,
@@ -215,9 +219,10 @@ def unsupported_reasons(attention: Callable, *args, **kwargs) -> list[str]:
 def check_patch_size(patch_size: int | tuple[int, int]) -> int:
     """N from an N or an (N, N)."""
     sides = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size, patch_size)
-    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
+    whole = all(isinstance(side, Integral) for side in sides)
+    if not whole or len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
         raise ValueError(f"patch_size must be N or (N, N) with an integer N >= 1, got {patch_size}")
-    return sides[0]
+    return int(sides[0])
 
 
 def check_backend(backend: str) -> Backend:
@@ -319,6 +324,14 @@ def _check_tensor(
         )
 
 
-def _check_dropout(dropout_p: float) -> None:
+def _check_scale_and_dropout(scale: float | None, dropout_p: float) -> None:
+    if scale is not None:
+        _check_number("scale", scale, float)
+    _check_number("dropout_p", dropout_p, float)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def _check_number(name: str, value: float, kind: type) -> None:
+    if not isinstance(value, (int, kind)):
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}")

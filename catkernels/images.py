@@ -25,7 +25,7 @@ def read_photo(path: Path, size: int) -> PIL.Image.Image:
     """
     try:
         with PIL.Image.open(path) as opened:
-            photo = PIL.ImageOps.exif_transpose(opened).convert("RGB")
+            photo = _in_8_bits(PIL.ImageOps.exif_transpose(opened)).convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from error
     return middle_square(photo, size)
@@ -43,3 +43,12 @@ def normalised(photo: PIL.Image.Image) -> Tensor:
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std
+
+
+def _in_8_bits(photo: PIL.Image.Image) -> PIL.Image.Image:
+    """Deeper pixels, which Pillow would clip, scaled from their range to 0 .. 255."""
+    if not photo.mode.startswith(("I", "F")):
+        return photo
+    pixels = np.asarray(photo, dtype=np.float64)
+    low, high = pixels.min(), pixels.max()
+    return PIL.Image.fromarray(np.uint8(255 * (pixels - low) / max(high - low, 1e-9)))

@@ -1,4 +1,4 @@
-"""IPSA, CPSA and the block around them as modules, with the official parameter names.
+"""IPSA and CPSA as modules, with the official parameter names.
 
 `ipsa_layer` and `cpsa_layer` work with the children of any module of that structure, ours or the
 official code's, so that an adopted block and a block of our own share one path.
@@ -36,8 +36,10 @@ class _Attention(nn.Module):
     ) -> None:
         super().__init__()
         side = check_patch_size(patch_size)
-        if num_heads < 1 or dim % num_heads:
+        if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
+        if not 0 <= attn_drop < 1:
+            raise ValueError(f"attn_drop must be in [0, 1), got {attn_drop}")
         self.dim = dim
         self.patch_size = (side, side)
         self.num_heads = num_heads
@@ -61,10 +63,12 @@ class _Attention(nn.Module):
 
 
 class IPSA(_Attention):
-    """Inner-patch self-attention (paper, section 3.1), a drop-in for the official ``Attention``.
+    """Inner-patch self-attention (paper, section 3.1).
 
-    ``proj(ipsa_attention(qkv(x)))`` with the parameters ``qkv``, ``proj`` and, where ``rpe``,
-    ``relative_position_bias_table`` and the integer buffer ``relative_position_index``.
+    A drop-in for the official ``Attention`` of an IPSA block: ``proj(ipsa_attention(qkv(x)))`` with
+    the parameters ``qkv``, ``proj`` and, where ``rpe``, ``relative_position_bias_table`` and the
+    integer buffer ``relative_position_index``. The attention weights are not a tensor that a hook
+    on ``attn_drop`` could see: ask for them with ``return_attention``.
 
     Args:
         dim: C.
@@ -106,25 +110,28 @@ class IPSA(_Attention):
             ValueError: ``x`` is neither.
         """
         side = self.patch_size[0]
-        if x.dim() == 3 and x.shape[1] == side**2:
+        _check_floating(x)
+        is_tokens = x.dim() == 3 and x.shape[1] == side**2
+        if not (is_tokens or x.dim() == 4) or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"IPSA needs a map (B, H, W, {self.dim}) or tokens (windows, {side**2}, "
+                f"{self.dim}), got {tuple(x.shape)}"
+            )
+        if is_tokens:
             # a window of tokens is a map of one window
             result = self(x.unflatten(1, (side, side)), return_attention)
             if return_attention:
                 return result[0].flatten(1, 2), result[1]
             return result.flatten(1, 2)
-        if x.dim() != 4 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"IPSA needs a map (B, H, W, {self.dim}) or tokens (windows, {side**2}, "
-                f"{self.dim}), got {tuple(x.shape)}"
-            )
         return ipsa_layer(self, x, side, self.backend, return_attention)
 
 
 class CPSA(_Attention):
-    """Cross-patch self-attention (paper, section 3.2), a drop-in for the official ``Attention``.
+    """Cross-patch self-attention (paper, section 3.2).
 
-    `cpsa_attention` with the weights of ``qkv`` (3 N*N, N*N) and ``proj`` (N*N, N*N), which all
-    channels share; one head, no position bias.
+    A drop-in for the official ``Attention`` of a CPSA block: `cpsa_attention` with the weights of
+    ``qkv`` (3 N*N, N*N) and ``proj`` (N*N, N*N), which all channels share; one head, no position
+    bias. Hooks as for `IPSA`.
 
     Args:
         patch_size: N, or (N, N).
@@ -161,6 +168,7 @@ class CPSA(_Attention):
             ValueError: ``x`` is neither.
         """
         side = self.patch_size[0]
+        _check_floating(x)
         if x.dim() == 3 and x.shape[-1] == side**2:
             # P patches one below the other are a map of one channel and one patch's width
             result = self(x.reshape(x.shape[0], -1, side, 1), return_attention)
@@ -199,13 +207,14 @@ def ipsa_layer(
             backend=backend,
         )
         output, *attention = result if return_attention else (result,)
-        return attn.proj_drop(attn.proj(output[:, :height, :width])), *attention
+        return attn.proj(output[:, :height, :width]), *attention
 
     if plain and is_plain_linear(attn.proj) and backend != "triton":
         weights = (*attn.qkv.parameters(), *attn.proj.parameters(), table)
         if cpu.serves(x, *weights, dropout_p=dropout_p, return_attention=return_attention):
-            return cpu.layer_in_slices(lambda part: attend(part)[0], x)
+            return attn.proj_drop(cpu.layer_in_slices(lambda part: attend(part)[0], x))
     output, *attention = attend(x)
+    output = attn.proj_drop(output)
     return (output, *attention) if return_attention else output
 
 
@@ -232,6 +241,11 @@ def cpsa_layer(
     output, *attention = result if return_attention else (result,)
     output = attn.proj_drop(output)
     return (output, *attention) if return_attention else output
+
+
+def _check_floating(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
 
 
 def dropout_probability(dropout: nn.Module) -> float:

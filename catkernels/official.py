@@ -68,7 +68,11 @@ class AlwaysCheckpointedLayer(CATLayer):
     """The stage of the official classification and segmentation code, which ignores the option."""
 
     def run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        return checkpoint(block, tokens, use_reentrant=False)
+        if self.use_checkpoint:
+            tokens = checkpoint(block, tokens, use_reentrant=False)
+        else:
+            tokens = checkpoint(block, tokens, use_reentrant=False)
+        return tokens
 
 
 class CATBlock(nn.Module):

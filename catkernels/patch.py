@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from catkernels.block import CHILDREN, CATBlock
+from catkernels.block import CHILDREN, CATBlock, needs_its_own_call
 from catkernels.functional import Backend, check_backend
-from catkernels.modules import CPSA, IPSA, is_intercepted, is_plain_linear
+from catkernels.modules import CPSA, IPSA, is_plain_linear
 from catkernels.ops import cpsa, ipsa
 from catkernels.recognise import (
     always_checkpoints,
@@ -139,8 +140,6 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
     _replace(model, swaps)
     for block in served:
         block.backend = backend
-        if hasattr(block.attn, "backend"):
-            block.attn.backend = backend
     return PatchReport(tuple(reports), tuple(_notes(model)))
 
 
@@ -152,8 +151,8 @@ def unpatch(model: nn.Module) -> list[str]:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a patched block was sharded by `fully_shard`, which would lose it; the model is
-            unchanged.
+        ValueError: a patched block was sharded by `fully_shard`, which would lose it, or is itself
+            the model; the model is unchanged.
     """
     _check_model(model)
     adopted = {
@@ -167,6 +166,8 @@ def unpatch(model: nn.Module) -> list[str]:
             f"cannot unpatch a block that fully_shard manages by itself: {', '.join(sharded)}. "
             "Unpatch before sharding, or load the state_dict into an unpatched model."
         )
+    if model in adopted.values():
+        raise ValueError("the model is itself a patched block: unpatch the module that holds it")
     _replace(model, {block: block.release() for block in adopted.values()})
     return list(adopted)
 
@@ -188,27 +189,33 @@ def _modules_with_parent(
 
 def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
     """Put ``swaps[module]`` wherever a module is held, shared ones in all their places."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in swaps:
-                setattr(parent, name, swaps[child])
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child in swaps
+    ]
+    for parent, name, child in places:
+        setattr(parent, name, swaps[child])
 
 
 def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
     """What serves a block where its parameters are now, and why that is not the kernels."""
     attn = block.attn
-    if is_intercepted(attn) and not isinstance(attn, IPSA | CPSA):
+    if not isinstance(attn, IPSA | CPSA) and needs_its_own_call(attn):
         return "own", "its attention carries hooks and is called itself"
     adapters = [name for name in ("qkv", "proj") if not is_plain_linear(getattr(attn, name))]
     notes = [f"{name} goes through its own forward" for name in adapters]
     if backend == "reference":
         return "reference", "; ".join([*notes, "asked for"])
 
-    weight = next(attn.qkv.parameters())
+    # a quantised layer may have no parameters at all
+    weight = next(attn.qkv.parameters(), torch.empty(0))
     where = {"device": weight.device, "dtype": weight.dtype}
     side = patch_side(block.patch_size)
     if block.attn_type == "ipsa":
-        head_dim = weight.shape[-1] // attn.num_heads
+        channels = getattr(attn.qkv, "in_features", None) or getattr(attn, "dim", 0)
+        head_dim = channels // attn.num_heads
         reasons = ipsa.unsupported_reasons(**where, head_dim=head_dim, patch_size=side)
     else:
         patches = _num_patches(block, side)

@@ -5,24 +5,31 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from catkernels import reference
 from catkernels.block import CHILDREN
+from catkernels.functional import check_patch_size
+
+# What a block of ours does as every module does; a class that does it in its own way keeps its way.
+_KEPT_METHODS = ("train", "state_dict", "_load_from_state_dict", "get_extra_state")
 
 
 def resembles_block(module: nn.Module) -> bool:
     """Whether a module holds an attention with qkv and proj, as the blocks of most models do."""
-    attn = module._modules.get("attn")
-    return attn is not None and {"qkv", "proj"} <= attn._modules.keys()
+    attn = getattr(module, "attn", None)
+    if not isinstance(attn, nn.Module):
+        return False
+    return {"qkv", "proj"} <= {name for name, _ in attn.named_children()}
 
 
 def reasons_to_leave_alone(block: nn.Module, parent: nn.Module | None) -> list[str]:
     """Why a block that resembles one of CAT cannot be swapped; empty where it can."""
-    missing = [name for name in (*CHILDREN, "attn_type", "patch_size") if not hasattr(block, name)]
+    missing = [name for name in ("attn_type", "patch_size") if not hasattr(block, name)]
+    missing += _missing_modules(block, CHILDREN)
     if missing:
         return [f"not a CAT block: it has no {', '.join(missing)}"]
     return [
@@ -52,24 +59,20 @@ def _block_reasons(block: nn.Module) -> Iterator[str]:
     yield from _unknown_parts(block, "the block", set(CHILDREN), set())
     if "forward" in vars(block):
         yield "its forward was replaced on the instance"
-    else:
-        parameters = inspect.signature(type(block).forward).parameters.values()
-        required = [
-            p.name for p in parameters if p.default is p.empty and p.kind < p.VAR_POSITIONAL
-        ]
-        if len(required) != 2:
-            yield f"its forward takes ({', '.join(required)}), not (self, x)"
+    parameters = list(inspect.signature(type(block).forward).parameters)
+    if len(parameters) != 2:
+        yield f"its forward takes ({', '.join(parameters)}), not (self, x)"
+    overridden = [name for name in _KEPT_METHODS if _overrides(block, name)]
+    if overridden:
+        yield f"its class has a {', '.join(overridden)} of its own"
     if getattr(block, "shift_size", 0):
         yield f"it shifts its windows by {block.shift_size}"
 
 
 def _attention_reasons(block: nn.Module) -> Iterator[str]:
     attn = block.attn
-    missing = [
-        name
-        for name in ("num_heads", "scale", "rpe", "attn_drop", "proj_drop")
-        if not hasattr(attn, name)
-    ]
+    missing = [name for name in ("num_heads", "scale", "rpe") if not hasattr(attn, name)]
+    missing += _missing_modules(attn, ("qkv", "proj", "attn_drop", "proj_drop"))
     if missing:
         yield f"its attention has no {', '.join(missing)}"
         return
@@ -112,9 +115,20 @@ def _unknown_parts(module: nn.Module, what: str, children: set, own: set) -> Ite
         yield f"{what} has parts unknown here: {', '.join(unknown)}"
 
 
+def _missing_modules(module: nn.Module, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
+
+
+def _overrides(module: nn.Module, method: str) -> bool:
+    return getattr(type(module), method) is not getattr(nn.Module, method)
+
+
 def patch_side(patch_size: int | tuple[int, int]) -> int | None:
-    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
-    return sides.pop() if len(sides) == 1 else None
+    """N, or None where the patches are no squares."""
+    try:
+        return check_patch_size(patch_size)
+    except ValueError:
+        return None
 
 
 def _is_our_index(index: torch.Tensor, side: int) -> bool:
@@ -126,6 +140,7 @@ def _is_our_index(index: torch.Tensor, side: int) -> bool:
 
 
 def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, in either of its forms, manages this very module's parameters."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -138,23 +153,23 @@ def _is_sharded_tensor(tensor: torch.Tensor) -> bool:
 
 
 def always_checkpoints(layer: nn.Module) -> bool:
-    """Whether a layer's code calls `checkpoint` outside any ``if ... use_checkpoint``."""
-    for name, method in inspect.getmembers(type(layer), inspect.isfunction):
-        if getattr(nn.Module, name, None) is method:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        if _has_unguarded_checkpoint(tree):
-            return True
-    return False
+    """Whether a layer checkpoints also in the ``else`` of an ``if self.use_checkpoint``.
 
-
-def _has_unguarded_checkpoint(node: ast.AST) -> bool:
-    if isinstance(node, ast.If) and "use_checkpoint" in ast.unparse(node.test):
-        negated = isinstance(node.test, ast.UnaryOp) and isinstance(node.test.op, ast.Not)
-        return any(map(_has_unguarded_checkpoint, node.body if negated else node.orelse))
-    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "checkpoint":
-        return True
-    return any(map(_has_unguarded_checkpoint, ast.iter_child_nodes(node)))
+    That is how the official classification and segmentation code does it.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer))))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    branches = (
+        node.orelse
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "self.use_checkpoint"
+    )
+    return any(
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("checkpoint", "checkpoint.checkpoint")
+        for branch in branches
+        for statement in branch
+        for node in ast.walk(statement)
+    )

@@ -7,6 +7,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from interpreter import device, launches, round_to_nearest_bf16  # noqa: F401 (fixtures)
 
 # Without a GPU the kernels run in Triton's interpreter, which must be on before Triton is imported.
 if not torch.cuda.is_available():

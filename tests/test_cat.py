@@ -184,6 +184,10 @@ def test_checkpointing_changes_nothing_but_memory():
         ({"num_heads": (1, 2)}, "depths names 3 stages and num_heads 2"),
         ({"out_indices": (0, 3)}, r"stages 0 \.\. 2, got \(0, 3\)"),
         ({"img_size": (1, 2, 3)}, "a size must be"),
+        ({"img_size": 56.0}, "a size must be .* got 56.0"),
+        ({"depths": (), "num_heads": ()}, "at least one stage"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
+        ({"out_indices": 1}, r"stages 0 \.\. 2, got 1"),
         ({"slice_emb": True, "patch_emb_size": 8}, "slice_emb needs patch_emb_size=4"),
         ({"num_heads": (3, 2, 2)}, "dim=8 is not divisible by num_heads=3"),
         ({"backend": "gpu"}, "backend must be"),
@@ -197,6 +201,11 @@ def test_contradicting_arguments(options, message):
 def test_wrong_images():
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 1, 32, 32\)"):
         catkernels.CAT(**TINY)(torch.randn(1, 1, 32, 32))
+
+
+def test_images_of_bytes():
+    with pytest.raises(TypeError, match=r"floating-point, got torch\.uint8: divide by 255"):
+        catkernels.CAT(**TINY)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @st.composite

@@ -37,6 +37,10 @@ LAYOUTS = {
         | {"neck.weight": torch.zeros(1)},
     },
     "data parallel": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "with an average": lambda weights: {
+        **{f"ema.{name}": torch.zeros_like(value) for name, value in weights.items()},
+        **weights,
+    },
     "nested": lambda weights: {f"module.model.{name}": value for name, value in weights.items()},
 }
 
@@ -46,12 +50,15 @@ def test_layouts(layout, tmp_path):
     source, model = build(1), build(2)
     file = tmp_path / "weights.pth"
     torch.save(LAYOUTS[layout](source.state_dict()), file)
-    report = load_checkpoint(model, file, strict=layout != "mm libraries")
+    report = load_checkpoint(model, file, strict=layout != "with an average")
     assert untouched(model, source.state_dict())
     assert report.missing == []
     assert report.mismatched == report.converted == {}
-    assert len(report.loaded) == len(model.state_dict())
-    assert report.unexpected == (["neck.weight"] if layout == "mm libraries" else [])
+    indices = [name for name in model.state_dict() if name.endswith("relative_position_index")]
+    assert len(report.loaded) + len(indices) == len(model.state_dict())
+    foreign = {"mm libraries": ["neck.weight"]}
+    if layout != "with an average":
+        assert report.unexpected == foreign.get(layout, [])
 
 
 def test_safetensors(tmp_path):
@@ -173,6 +180,15 @@ def write(path, how: str) -> None:
             torch.save(3, path)
         case "other model":
             torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+        case "nothing":
+            torch.save({}, path)
+        case "numbered":
+            torch.save({0: torch.ones(1)}, path)
+        case "sparse" | "complex":
+            weights = build().state_dict()
+            odd = torch.ones(16)
+            weights["norm.weight"] = odd.to_sparse() if how == "sparse" else odd.cfloat()
+            torch.save(weights, path)
         case "lists":
             torch.save({"weight": [1, 2]}, path)
 
@@ -185,9 +201,13 @@ def write(path, how: str) -> None:
         ("cut", "is no checkpoint that torch.save wrote"),
         ("code", r"not loaded for safety: .*print"),
         ("plain pickle", "is no checkpoint that torch.save wrote"),
-        ("number", "holds no state_dict but a int"),
+        ("number", "holds no weights but a int"),
+        ("nothing", "holds no weights but nothing"),
         ("other model", "holds none of the model's weights: it has weight, bias"),
-        ("lists", "'weight' is a list, not a tensor"),
+        ("lists", "holds no weights by name: 'weight' is a list"),
+        ("numbered", "holds no weights by name: 0 is a Tensor"),
+        ("sparse", "holds no plain real values for 'norm.weight'"),
+        ("complex", "holds no plain real values for 'norm.weight'"),
     ],
 )
 def test_wrong_files(how, message, tmp_path, capsys):
@@ -207,6 +227,25 @@ def test_wrong_safetensors_and_missing_files(tmp_path):
         load_checkpoint(build(), tmp_path / "weights.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
         load_checkpoint(build(), tmp_path / "nothing.pth")
+
+
+def test_a_table_in_another_order_is_refused():
+    source, model = build(1).state_dict(), build(2)
+    before = deepcopy(model.state_dict())
+    name = "layers.0.pre_ipsa_blocks.0.attn.relative_position_index"
+    source[name] = source[name].T.contiguous()
+    with pytest.raises(ValueError, match="another order of the bias table"):
+        load_checkpoint(model, source)
+    assert untouched(model, before)
+
+
+def test_models_that_cannot_be_loaded_into():
+    with torch.device("meta"):
+        model = build()
+    with pytest.raises(ValueError, match="on the meta device"):
+        load_checkpoint(model, build(1).state_dict())
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        load_checkpoint("cat_small", {})
 
 
 def test_the_load_that_the_readme_shows(tmp_path):

@@ -11,10 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from catkernels import official
+from catkernels import demo, official
 from catkernels.__main__ import main
 from catkernels.cat import VARIANTS
 from catkernels.ops import device
+
+
+@pytest.fixture(autouse=True)
+def _one_pass(monkeypatch):
+    """The times do not matter here."""
+    monkeypatch.setattr(demo, "REPEATS", 1)
 
 
 def test_info_names_versions_and_says_what_would_serve(capsys):
@@ -53,7 +59,18 @@ def test_demo_loads_a_checkpoint(capsys, tmp_path):
     options = ["--model", "cat_tiny", "--size", "32", "--batch", "1"]
     picture = ["--save", str(tmp_path / "demo.png")]
     assert main(["demo", *options, *picture, "--checkpoint", str(tmp_path / "cat.pth")]) == 0
-    assert "cat_tiny, cat.pth" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "converted ape: (1, 3136, 64) -> (1, 64, 8, 8)" in output
+    assert "cat_tiny, cat.pth" in output
+
+
+def test_deep_grey_images_are_scaled_not_clipped(tmp_path):
+    pixels = np.linspace(1000, 60000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "deep.png")
+    photo = np.asarray(demo._load_photo(tmp_path / "deep.png", 32))
+    assert photo.min() < 8
+    assert photo.max() > 247
+    assert 100 < photo.mean() < 155
 
 
 @pytest.mark.parametrize(
@@ -65,7 +82,9 @@ def test_demo_loads_a_checkpoint(capsys, tmp_path):
         (["--checkpoint", "{text}"], "is no checkpoint that torch.save wrote"),
         (["--checkpoint", "nowhere.pth"], "there is no checkpoint file"),
         (["--checkpoint", "{other}"], "holds none of the model's weights"),
-        (["--size", "0"], "'0' is not a whole number"),
+        (["--size", "0"], "'0' is not a whole number from 1 to 4096"),
+        (["--batch", "999999999999"], "is not a whole number from 1 to 1024"),
+        (["--save", "nowhere/demo.png"], "there is no folder nowhere"),
         (["--save", "demo.docx"], "the picture is a .png"),
     ],
 )

@@ -6,6 +6,7 @@ import pickle
 from copy import deepcopy
 
 import pytest
+import restatement
 import torch
 from torch import nn
 
@@ -121,6 +122,49 @@ def test_hooks_on_children_fire(attention, child):
     assert calls == [1]
 
 
+@both
+def test_a_hook_on_the_output_sees_the_whole_batch_once(attention):
+    ours, _ = pair(attention)
+    shapes = []
+    ours.proj_drop.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    x = torch.randn(40, 56, 56, 12)
+    with torch.inference_mode():
+        ours.eval()(x)
+    assert shapes == [x.shape]
+
+
+@both
+@pytest.mark.parametrize("size", [(13, 20), (7, 6), (1, 1)], ids=str)
+def test_odd_maps_are_what_the_restatement_says(attention, size):
+    ours, _ = pair(attention)
+    ours.double()
+    x = torch.randn(2, *size, 12, dtype=torch.float64)
+    qkv, proj = ours.qkv, ours.proj
+    if attention == "ipsa":
+        expected = proj(
+            restatement.ipsa(
+                qkv(x),
+                ours.relative_position_bias_table,
+                num_heads=3,
+                patch_size=7,
+                qkv_bias=qkv.bias,
+            )
+        )
+    else:
+        weights = (qkv.weight, qkv.bias, proj.weight, proj.bias)
+        expected = restatement.cpsa(x, *weights, patch_size=7)
+    torch.testing.assert_close(ours(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), expected.detach())
+
+
+@both
+def test_integers_are_refused(attention):
+    ours, _ = pair(attention)
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.int64"):
+        ours(torch.ones(1, 7, 7, 12, dtype=torch.int64))
+
+
 class LowRank(nn.Module):
     """An adapter of the kind that parameter-efficient training puts around a linear layer."""
 
@@ -168,6 +212,8 @@ def test_weight_normed_cpsa_refuses_triton():
         (lambda: catkernels.IPSA(12, 7, 3, backend="cuda"), "backend must be one of"),
         (lambda: catkernels.IPSA(12)(torch.randn(2, 48, 12)), r"got \(2, 48, 12\)"),
         (lambda: catkernels.IPSA(12)(torch.randn(2, 7, 7, 13)), r"\(B, H, W, 12\)"),
+        (lambda: catkernels.IPSA(12)(torch.randn(1, 49, 13)), r"got \(1, 49, 13\)"),
+        (lambda: catkernels.IPSA(12, attn_drop=1.0), r"attn_drop must be in \[0, 1\)"),
         (lambda: catkernels.CPSA(7)(torch.randn(2, 4, 48)), r"got \(2, 4, 48\)"),
         (lambda: catkernels.CATBlock(12, 3, attn_type="swin"), "attn_type must be"),
         (lambda: catkernels.CATBlock(12, 3)(torch.randn(1, 49, 12)), "set H and W"),

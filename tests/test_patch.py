@@ -194,7 +194,12 @@ def test_methods_and_attributes_of_the_original_block_stay_reachable():
         block.no_such_thing  # noqa: B018
 
 
-@pytest.mark.parametrize("where", ["block", "attn", "attn.qkv", "attn.proj", "mlp.fc1", "norm1"])
+PLACES = ["block", "norm1", "mlp.fc1"] + [
+    f"attn{part}" for part in ("", ".qkv", ".proj", ".softmax", ".attn_drop", ".proj_drop")
+]
+
+
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("blocks", ["pre_ipsa_blocks", "cpsa_blocks"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_fire(where, blocks, when):
@@ -220,7 +225,7 @@ def test_hooks_fire(where, blocks, when):
     assert len(calls) == 1
     if when == "before" and where in ("attn.qkv", "attn.proj"):
         assert where.removeprefix("attn.") in str(report)
-    if when == "before" and where == "attn":
+    if when == "before" and where in ("attn", "attn.softmax", "attn.attn_drop"):
         assert "its attention carries hooks" in str(report)
     handle.remove()
     run(model, images)
@@ -234,6 +239,52 @@ def test_backward_hooks_on_a_block_fire():
     patch(model)
     run(model, images)[0].sum().backward()
     assert calls == [1]
+
+
+def test_backward_hooks_set_while_patched_outlive_it():
+    model, images = build()
+    calls = []
+    patch(model)
+    model.layers[0].cpsa_blocks[0].register_full_backward_hook(lambda *_: calls.append(1))
+    unpatch(model)
+    run(model, images)[0].sum().backward()
+    assert calls == [1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantised_and_scripted_parts_do_not_stop_the_rest():
+    model, images = build()
+    model.eval()
+    for blocks in ("pre_ipsa_blocks", "cpsa_blocks"):
+        attn = getattr(model.layers[0], blocks)[0].attn
+        weight, bias = attn.qkv.weight.detach(), attn.qkv.bias.detach()
+        attn.qkv = Buffered(weight, bias)
+    model.head = torch.jit.script(model.head)
+    expected = run(model, images)
+    assert len(patch(model).swapped) == 6
+    torch.testing.assert_close(run(model, images), expected)
+
+
+class Buffered(nn.Module):
+    """A linear layer without parameters, as quantisation leaves them."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_the_backend_reaches_an_attention_of_ours_in_their_block():
+    model, _ = build()
+    block = model.layers[0].pre_ipsa_blocks[0]
+    block.attn = catkernels.IPSA(12, 7, 3)
+    patch(model, backend="reference")
+    assert block.attn.backend == "reference"
+    model.layers[0].pre_ipsa_blocks[0].backend = "auto"
+    assert block.attn.backend == "auto"
 
 
 def test_parametrised_and_adapted_layers_are_honoured():
@@ -271,9 +322,9 @@ def test_a_model_of_our_own_is_served_already():
 
 
 class Renamed(official.CATBlock):
-    """A downstream copy: another name, other windows, an optional argument."""
+    """A downstream copy, with another name for everything that may have one."""
 
-    def forward(self, tokens, mask=None):
+    def forward(self, tokens):
         return super().forward(tokens)
 
 
@@ -289,8 +340,18 @@ def test_a_downstream_copy_is_recognised_by_its_structure():
 
 
 class WithContext(official.CATBlock):
-    def forward(self, x, context):
+    def forward(self, x, context=0.0):
         return super().forward(x) + context
+
+
+class WithSize(official.CATBlock):
+    def forward(self, x, *, size):
+        return super().forward(x)
+
+
+class AlwaysInEvaluation(official.CATBlock):
+    def train(self, mode=True):
+        return super().train(False)
 
 
 def spoil(block: nn.Module, how: str) -> None:
@@ -309,6 +370,18 @@ def spoil(block: nn.Module, how: str) -> None:
             block.attn_type = "global"
         case "context":
             block.__class__ = WithContext
+        case "keyword":
+            block.__class__ = WithSize
+        case "own train":
+            block.__class__ = AlwaysInEvaluation
+        case "drop path is a number":
+            del block.drop_path
+            block.drop_path = 0.0
+        case "no norm":
+            block.norm1 = None
+        case "proj drop is a number":
+            del attn.proj_drop
+            attn.proj_drop = 0.0
         case "instance forward":
             block.forward = block.forward
         case "learned scale":
@@ -335,6 +408,11 @@ SPOILT = {
     "shifted": "shifts its windows by 3",
     "other attention": "attn_type is 'global'",
     "context": r"takes \(self, x, context\)",
+    "keyword": r"takes \(self, x, size\)",
+    "own train": "its class has a train of its own",
+    "drop path is a number": "has no drop_path",
+    "no norm": "has no norm1",
+    "proj drop is a number": "has no proj_drop",
     "instance forward": "replaced on the instance",
     "learned scale": "scale is a Tensor",
     "no drop path": "has no drop_path",
@@ -385,6 +463,13 @@ def test_a_block_alone_cannot_be_patched():
         patch(build()[0].layers[0].cpsa_blocks[0])
 
 
+def test_a_patched_block_alone_cannot_be_unpatched():
+    model, _ = build()
+    patch(model)
+    with pytest.raises(ValueError, match="itself a patched block"):
+        unpatch(model.layers[0].cpsa_blocks[0])
+
+
 def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         patch("model")
@@ -406,16 +491,6 @@ def test_the_report_says_what_would_raise():
             model(images)
 
 
-class AsTheOfficialCode(official.CATLayer):
-    """Checkpoints in both branches."""
-
-    def run(self, block, tokens):
-        if self.use_checkpoint:
-            return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
-        else:
-            return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
-
-
 class Negated(official.CATLayer):
     def run(self, block, tokens):
         if not self.use_checkpoint:
@@ -424,13 +499,26 @@ class Negated(official.CATLayer):
             return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
 
 
+class ReturnsEarly(official.CATLayer):
+    def run(self, block, tokens):
+        if not self.use_checkpoint:
+            return block(tokens)
+        return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+
+
+class SavesToo(official.CATLayer):
+    def save(self, manager, path):
+        manager.checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("layer", "noted"),
     [
         (official.CATLayer, False),
         (Negated, False),
+        (ReturnsEarly, False),
+        (SavesToo, False),
         (official.AlwaysCheckpointedLayer, True),
-        (AsTheOfficialCode, True),
     ],
 )
 def test_the_report_notes_a_model_that_always_checkpoints(layer, noted):

@@ -105,13 +105,13 @@ def test_a_damaged_checkpoint_is_named(photos, tmp_path, capsys, damage):
     ("arguments", "message"),
     [
         (("--data", "nowhere"), "--data must be 'digits' or a folder of images"),
-        (("--epochs", "0"), "'0' is not a whole number of at least 1"),
+        (("--epochs", "0"), "'0' is not a whole number from 1 to 1000000"),
         (("--backend", "cuda"), "invalid choice: 'cuda'"),
         (("--batch-size", "64"), "at most the 16 training images, got 64"),
         (("--output", "{photos}/dark/0.png"), "File exists"),
         (("--learning-rate", "0"), "learning_rate must be more than 0, got 0.0"),
         (("--drop-path", "1"), "drop_path must be in [0, 1), got 1"),
-        (("--workers", "-1"), "'-1' is not a whole number of at least 0"),
+        (("--workers", "-1"), "'-1' is not a whole number from 0 to 1024"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(photos, tmp_path, capfd, arguments, message):

@@ -1,0 +1,164 @@
+"""IPSA as a PyTorch operator: autograd, transforms, compilation, export, CUDA graphs, FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ipsa_cases import PADDED, PLAIN, random_grad, results
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from catkernels.ops import ipsa
+
+pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")
+
+
+def test_dropout_under_checkpointing(device, launches):
+    case = replace(PADDED, dropout_p=0.5)
+
+    def checkpointed(*tensors: Tensor) -> Tensor:
+        return checkpoint(case.attend, *tensors, use_reentrant=False)
+
+    inputs = case.inputs(torch.float32, device)
+    grad_out = random_grad(case, inputs["qkv"])
+    torch.manual_seed(1)
+    saved = results(case.attend, inputs, grad_out)
+    torch.manual_seed(1)
+    for name, tensor in results(checkpointed, inputs, grad_out).items():
+        assert torch.equal(tensor, saved[name]), name
+
+
+def test_second_derivatives_are_refused(device, launches):
+    inputs = {k: t.requires_grad_() for k, t in PADDED.inputs(torch.float32, device).items()}
+    out = PADDED.attend(**inputs)
+    for grad_out in (torch.ones_like(out), torch.ones_like(out, requires_grad=True)):
+        grads = torch.autograd.grad(out, list(inputs.values()), grad_out, create_graph=True)
+        for grad in grads:
+            with pytest.raises(RuntimeError, match='backend="reference"'):
+                torch.autograd.grad(grad.square().sum(), inputs["qkv"], retain_graph=True)
+
+
+def test_function_transforms(device, launches):
+    """`torch.func.grad` is right; `torch.func.vmap` is right or says that it cannot."""
+    inputs = PADDED.inputs(torch.float32, device)
+
+    def loss(qkv: Tensor) -> Tensor:
+        return PADDED.attend(qkv, inputs["bias_table"], inputs["qkv_bias"]).square().sum()
+
+    qkv = inputs["qkv"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(qkv), qkv)
+    assert torch.equal(torch.func.grad(loss)(inputs["qkv"]), expected)
+    stacked = torch.stack([inputs["qkv"], 2 * inputs["qkv"]])
+    mapped = torch.func.vmap(loss)(stacked)
+    assert torch.equal(mapped, torch.stack([loss(qkv) for qkv in stacked]))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(torch.func.grad(loss))(stacked)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(PADDED, torch.float16), (replace(PLAIN, dropout_p=0.5), torch.float32)],
+    ids=str,
+)
+def test_operators_are_sound(case, dtype, device, launches):
+    inputs = list(case.inputs(dtype, device).values())
+    seed = torch.tensor([1], device=device) if case.dropout_p else None
+    problem = (case.num_heads, case.patch_size, 0.2, case.dropout_p)
+    operators = torch.ops.catkernels
+    torch.library.opcheck(operators.ipsa_forward, (*inputs, seed, True, *problem))
+    _, lse = operators.ipsa_forward(*inputs, seed, dtype != torch.float32, *problem)
+    arguments = (random_grad(case, inputs[0]), *inputs, seed, lse, case.padded, *problem)
+    torch.library.opcheck(operators.ipsa_backward, arguments)
+
+
+def test_compiles_to_one_graph(device, launches):
+    case = replace(PADDED, dropout_p=0.5)
+    torch._dynamo.reset()
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(case.attend, fullgraph=True, backend=backend)
+    for batch in (2, 3, 4):
+        inputs = replace(case, batch=batch).inputs(torch.float32, device)
+        grad_out = random_grad(replace(case, batch=batch), inputs["qkv"])
+        # the first other batch size recompiles for batch sizes that vary; no other may
+        with torch._dynamo.config.patch(error_on_recompile=batch > 3):
+            torch.manual_seed(0)
+            actual = results(compiled, inputs, grad_out)
+        torch.manual_seed(0)
+        expected = results(case.attend, inputs, grad_out)
+        for name, tensor in actual.items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_exports(device, launches):
+    class Attention(torch.nn.Module):
+        def forward(self, qkv: Tensor, bias_table: Tensor, qkv_bias: Tensor) -> Tensor:
+            return PADDED.attend(qkv, bias_table, qkv_bias)
+
+    inputs = PADDED.inputs(torch.float32, device)
+    exported = torch.export.export(Attention(), tuple(inputs.values()))
+    assert torch.equal(exported.module()(*inputs.values()), PADDED.attend(**inputs))
+
+
+@pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
+def test_counts_flops(case, device, launches):
+    """As many as of the reference's products, and a third product of the backward pass."""
+
+    def flops(attend) -> int:
+        inputs = case.inputs(torch.float32, device)
+        with FlopCounterMode(display=False) as counter:
+            results(attend, inputs, random_grad(case, inputs["qkv"]))
+        return counter.get_total_flops()
+
+    assert flops(case.attend) * 6 == flops(case.specified) * 7
+
+
+def test_unsupported_reasons(device):
+    def reasons(**changes) -> list[str]:
+        call = {"device": device, "dtype": torch.float32, "head_dim": 32, "patch_size": 7}
+        return ipsa.unsupported_reasons(**call | changes)
+
+    assert not reasons()
+    for changes, word in (
+        ({"device": torch.device("meta")}, "meta"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"patch_size": 9}, "9"),
+        ({"head_dim": 8}, "8"),
+        ({"head_dim": 20}, "20"),
+        ({"head_dim": 136}, "136"),
+    ):
+        (reason,) = reasons(**changes)
+        assert word in reason
+    assert len(reasons(dtype=torch.float64, patch_size=9, head_dim=8)) == 3
+
+
+def test_float32_follows_the_precision_setting():
+    from catkernels.kernels.launch import dot_precision
+
+    meta = torch.device("meta")
+    assert dot_precision(torch.float32, meta) == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert dot_precision(torch.float32, meta) == "tf32"
+        assert dot_precision(torch.float16, meta) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_in_a_cuda_graph(device, launches):
+    case = replace(PADDED, batch=64)
+    inputs = case.inputs(torch.bfloat16, device)
+    grad_out = random_grad(case, inputs["qkv"])
+    expected = results(case.attend, inputs, grad_out)
+    static = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(case.attend, static, grad_out)
+    for name, tensor in inputs.items():
+        static[name].copy_(tensor)
+    graph.replay()
+    for name, tensor in captured.items():
+        assert torch.equal(tensor, expected[name]), name

@@ -1,0 +1,183 @@
+"""The IPSA kernels, cross-compiled: registers, spills, shared memory, instructions, no GPU needed.
+
+`python tests/test_ipsa_resources.py --write` records every shipped configuration, as the installed
+version of Triton compiles it, in tests/data/.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from cross_compile import TARGETS, compiling_for, in_subprocess
+
+TABLE = Path(__file__).parent / "data" / f"ipsa_resources_triton_{version('triton')}.csv"
+COLUMNS = ("registers", "stack_bytes", "spills", "shared_bytes", "instructions", "matrix_products")
+PRECISIONS = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A forward and a backward launch at the sizes of CAT-S, stage 1."""
+
+    target: str
+    patch_size: int = 7
+    head_dim: int = 32
+    precision: str = "bf16"
+    padded: bool = False
+    dropout: bool = False
+    single: bool = False  # one window, one head: every argument that can be 1 is
+
+    def __str__(self) -> str:
+        words = [self.target, f"N{self.patch_size}", f"D{self.head_dim}", self.precision]
+        return "-".join(words + [w for w in ("padded", "dropout", "single") if getattr(self, w)])
+
+    def compile(self) -> list[dict]:
+        """What the forward and the backward kernel need."""
+        from catkernels.kernels.ipsa_backward import ipsa_backward
+        from catkernels.kernels.ipsa_forward import ipsa_forward
+
+        def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device="meta")
+
+        dtype, torch.backends.cuda.matmul.fp32_precision = PRECISIONS[self.precision]
+        batch, num_heads, windows = (1, 1, 1) if self.single else (64, 3, 8)
+        channels = num_heads * self.head_dim
+        side = windows * self.patch_size - self.padded
+        qkv = meta(batch, side, side, 3 * channels, dtype=dtype)
+        out = meta(batch, side, side, channels, dtype=dtype)
+        table = meta((2 * self.patch_size - 1) ** 2, num_heads)
+        qkv_bias = meta(3 * channels) if self.padded else None
+        seed = meta(1, dtype=torch.int64) if self.dropout else None
+        lse = None
+        if dtype != torch.float32:
+            lse = meta(batch * windows**2, num_heads, self.patch_size**2)
+        grad_pixels = meta(batch * windows**2 * self.patch_size**2, 3 * channels, dtype=dtype)
+        problem = (num_heads, self.patch_size, self.head_dim**-0.5, 0.1 * self.dropout)
+        with compiling_for(self.target) as compiled:
+            ipsa_forward(qkv, table, qkv_bias, seed, out, lse, *problem)
+            ipsa_backward(out, qkv, table, qkv_bias, seed, lse, grad_pixels, table, *problem)
+        return [asdict(resources) for resources in compiled[:2]]
+
+
+def shipped() -> Iterator[Configuration]:
+    """Every configuration that the recorded tables list."""
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        model = Configuration(target)
+        for patch_size in (7, 8):
+            for padded in (False, True):
+                for dropout in (False, True):
+                    yield replace(model, patch_size=patch_size, padded=padded, dropout=dropout)
+        yield replace(model, single=True)
+        yield replace(model, precision="fp16")
+        for patch_size in range(1, 7):
+            yield replace(model, patch_size=patch_size, padded=patch_size > 1)
+        for head_dim in (16, 24, 48, 64, 96, 128):
+            yield replace(model, head_dim=head_dim)
+        for head_dim in (16, 32, 48, 64, 96, 128):
+            yield replace(model, head_dim=head_dim, precision="fp32")
+        yield replace(model, precision="fp32", padded=True, dropout=True)
+        if target != "gfx942":
+            yield from (replace(model, precision="tf32", head_dim=d) for d in (32, 64, 128))
+    for target in ("sm_86", "sm_89", "sm_120", "gfx90a"):
+        yield Configuration(target)
+        yield Configuration(target, precision="fp32", head_dim=128)
+
+
+SHIPPED = {str(configuration): configuration for configuration in shipped()}
+SAMPLE = [
+    Configuration("sm_90"),
+    Configuration("sm_90", padded=True),
+    Configuration("sm_90", dropout=True),
+    Configuration("sm_80"),
+    Configuration("sm_100"),
+    Configuration("gfx942"),
+    Configuration("sm_90", single=True),
+]
+
+
+def triton_version() -> tuple[int, int]:
+    major, minor, *_ = version("triton").split(".")
+    return int(major), int(minor)
+
+
+def compiled(configurations) -> dict[Configuration, list[dict]]:
+    results = in_subprocess(__file__, *map(str, configurations))
+    return {SHIPPED[name]: kernels for name, kernels in results.items()}
+
+
+def check(configuration: Configuration, kernels: list[dict]) -> None:
+    """The bars of every configuration, and those of the models' own."""
+    target, bits = configuration.target, 16 if "16" in configuration.precision else 32
+    limit = min(TARGETS[target][-1], 99 * 1024)
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= limit, (configuration, kernel)
+        assert kernel["stack_bytes"] <= 256, (configuration, kernel)
+        if target.startswith("sm_") and configuration.precision == "fp32":
+            assert kernel["matrix_products"] == 0, "plain float32 became TF32"
+        elif bits == 16:
+            assert kernel["matrix_products"] > 0
+    forward, backward = kernels
+    if bits == 16 and target.startswith("sm_") and configuration.head_dim >= 32:
+        # the map moves 16 bytes at a time; the few narrow accesses are the log-sum-exp's and,
+        # where the map is padded, the qkv bias's
+        for kernel in kernels:
+            access = kernel["loop_global_access"]
+            narrow = sum(n for width, n in access.items() if not width.endswith("128"))
+            assert narrow < access["load128"], (configuration, kernel)
+            assert access["store128"] >= 1, (configuration, kernel)
+    if bits == 16 and configuration.head_dim == 32 and configuration.patch_size in (7, 8):
+        both = configuration.padded and configuration.dropout
+        # Triton 3.6 has 3 registers too few for dropout on Ampere
+        short = both or (configuration.dropout and target == "sm_80" and triton_version() < (3, 8))
+        assert forward["spills"] == 0, configuration
+        assert backward["spills"] == 0 or short, (configuration, backward)
+        if target == "sm_90":
+            special = configuration.padded or configuration.dropout
+            assert forward["registers"] <= (255 if both else 168 if special else 128)
+            assert forward["shared_bytes"] <= 32 * 1024
+            assert backward["shared_bytes"] <= 44 * 1024
+
+
+def test_bars():
+    for configuration, kernels in compiled(SAMPLE).items():
+        check(configuration, kernels)
+
+
+@pytest.mark.full
+def test_bars_of_everything_shipped():
+    """The recorded tables say what is compiled, to the last register, for their Triton version."""
+    results = compiled(SHIPPED.values())
+    for configuration, kernels in results.items():
+        check(configuration, kernels)
+    if TABLE.exists():
+        assert list(csv.reader(TABLE.open())) == list(table(results))
+
+
+def table(results: dict[Configuration, list[dict]]) -> Iterator[list[str]]:
+    yield ["configuration", "kernel", *COLUMNS]
+    for configuration, kernels in results.items():
+        for kernel in kernels:
+            name = kernel["kernel"].removeprefix("ipsa_").removesuffix("_kernel")
+            yield [str(configuration), name, *(str(kernel[column]) for column in COLUMNS)]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        rows = table(compiled(SHIPPED.values()))
+        with TABLE.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    else:
+        json.dump({name: SHIPPED[name].compile() for name in sys.argv[1:]}, sys.stdout)
