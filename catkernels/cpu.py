@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from catkernels.reference import pad_to_patches, relative_position_index, split_patches
+from catkernels.reference import (
+    fold_weights,
+    pad_to_patches,
+    relative_position_index,
+    split_patches,
+)
 
 # The bytes of queries, keys and values that one slice of the batch works with, for each thread.
 # From 1 to 4 MiB all stages of CAT are within a few percent of their best on a Xeon with 2 MiB of
@@ -92,19 +97,11 @@ def cpsa_attention(
     patch_size: int,
     scale: float | None,
 ) -> Tensor:
-    """`catkernels.reference.cpsa_attention` with the weights folded, so that keys and values are x.
-
-    ``q k^T = (x A + u) x^T`` up to terms constant along a row, which cancel in the softmax, and
-    since the weights of a row sum to 1, ``proj(softmax(..) v) = softmax(..) x M + c``.
-    """
-    pixels = patch_size**2
-    to_query, to_key, to_value = qkv_weight.chunk(3)
-    query_bias, _, value_bias = (
-        x.new_zeros(3, pixels) if qkv_bias is None else qkv_bias.unflatten(0, (3, pixels))
-    )
+    """`catkernels.reference.cpsa_attention` with folded weights: keys and values are the map."""
     scale = 1 / patch_size if scale is None else scale
-    score_weight, score_bias = scale * to_query.T @ to_key, scale * query_bias @ to_key  # A, u
-    out_weight, out_bias = (proj_weight @ to_value).T, proj_weight @ value_bias  # M, c
+    scores_folded, output_folded = fold_weights(qkv_weight, qkv_bias, proj_weight, scale)
+    score_weight, score_bias = scores_folded[:-1], scores_folded[-1]
+    out_weight, out_bias = output_folded[:-1], output_folded[-1]
     if proj_bias is not None:
         out_bias = out_bias + proj_bias
 

@@ -126,6 +126,36 @@ def cpsa_with_layers(
     return (output, attention) if return_attention else output
 
 
+def fold_weights(
+    qkv_weight: Tensor, qkv_bias: Tensor | None, proj_weight: Tensor, scale: float
+) -> Tensor:
+    """CPSA's weights of queries and keys, and of values and outputs, multiplied with each other.
+
+    With rows of tokens x, the scores are ``scale (x Wq^T + bq) (x Wk^T + bk)^T`` up to what is the
+    same for all keys, which the softmax ignores: ``(x A + u) x^T`` with ``A = scale Wq^T Wk`` and
+    ``u = scale bq Wk``. Values and outputs together are ``x M + Wp bv + bp`` with
+    ``M = (Wp Wv)^T``, since attention weights sum to 1. Keys and values are then the tokens.
+
+    Args:
+        qkv_weight: (3 N*N, N*N).
+        qkv_bias: (3 N*N,) or None.
+        proj_weight: (N*N, N*N).
+        scale: factor on ``q k^T``.
+
+    Returns:
+        (2, N*N + 1, N*N), at least float32: A with u as its last row, M with Wp bv as its last row.
+    """
+    dtype = torch.promote_types(qkv_weight.dtype, torch.float32)
+    query, key, value = qkv_weight.to(dtype).chunk(3)
+    if qkv_bias is None:
+        query_bias = value_bias = query.new_zeros(len(query))
+    else:
+        query_bias, _, value_bias = qkv_bias.to(dtype).chunk(3)
+    queries = torch.cat([query, query_bias[:, None]], 1)  # (N*N, N*N + 1)
+    values = torch.cat([value, value_bias[:, None]], 1)
+    return torch.stack([(scale * queries).mT @ key, values.mT @ proj_weight.to(dtype).mT])
+
+
 def relative_position_index(patch_size: int, device: torch.device | None = None) -> Tensor:
     """Row of the bias table for each pair of pixels (i, j) of a window: (N*N, N*N), int64.
 

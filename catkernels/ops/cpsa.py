@@ -1,16 +1,167 @@
-"""CPSA as an operator; its kernels are still to come."""
+"""CPSA as PyTorch operators, one forward and one backward, and the Function that joins them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from catkernels.ops.device import device_reasons
+from catkernels.ops.device import device_reasons, interpreting
+from catkernels.ops.operator import call_once_differentiable, define_operator
+from catkernels.reference import fold_weights
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_PATCH_SIZE = 8
 
 
-def unsupported_reasons(*, device: torch.device, **_) -> list[str]:
-    return [*device_reasons(device), "the CPSA kernels are not part of this version"]
+def unsupported_reasons(
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    patch_size: int,
+    num_patches: int,
+    needs_grad: bool = True,
+) -> list[str]:
+    """Why the kernels cannot serve such a call; empty where they can.
+
+    Args:
+        dtype: what the call computes with and returns.
+        num_patches: P, of the padded map.
+        needs_grad: whether there will be a backward pass.
+    """
+    reasons = device_reasons(device)
+    if dtype not in DTYPES:
+        reasons.append(f"the kernels compute in float16, bfloat16 and float32, not in {dtype}")
+    if patch_size > MAX_PATCH_SIZE:
+        reasons.append(f"the kernels take patch sizes up to {MAX_PATCH_SIZE}, not {patch_size}")
+    # exact products have matrix instructions on AMD only, elsewhere their terms spill
+    exact = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    if needs_grad and dtype == torch.float32 and num_patches > 1 and exact and not interpreting():
+        reasons.append(
+            f"the backward pass of {num_patches} patches in float32 needs TF32 products: exact ones"
+            " do not fit in registers (torch.backends.cuda.matmul.fp32_precision is not 'tf32')"
+        )
+    return reasons
 
 
-def cpsa_attention(*_, **__) -> Tensor:
-    raise NotImplementedError
+def cpsa_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    patch_size: int,
+    scale: float,
+    dropout_p: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`catkernels.reference.cpsa_attention` by kernels, with arguments that were checked.
+
+    Args:
+        x: map (B, H, W, C) with any strides; in float32 it is rounded to ``dtype`` as it is read.
+        dtype: what the kernels compute with and return.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        folded = fold_weights(qkv_weight, qkv_bias, proj_weight, scale)
+        bias = None if proj_bias is None else proj_bias.float()
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    arguments = (x, folded, bias, seed, patch_size, dropout_p, dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3]):
+        return _Attention.apply(*arguments)
+    return torch.ops.catkernels.cpsa_forward(*arguments)
+
+
+class _Attention(torch.autograd.Function):
+    """The forward operator, differentiated by the backward operator."""
+
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.catkernels.cpsa_forward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, folded, _, seed, ctx.patch_size, ctx.dropout_p, _ = inputs
+        ctx.save_for_backward(x, folded, seed)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needs_x, needs_folded, needs_bias, *_ = ctx.needs_input_grad
+        x_grad, folded_grad, bias_grad = call_once_differentiable(
+            torch.ops.catkernels.cpsa_backward,
+            "cpsa_attention",
+            grad,
+            *ctx.saved_tensors,
+            ctx.patch_size,
+            ctx.dropout_p,
+            needs_x,
+            needs_folded or needs_bias,
+        )
+        return (
+            x_grad if needs_x else None,
+            folded_grad if needs_folded else None,
+            bias_grad if needs_bias else None,
+            *(None,) * 4,
+        )
+
+
+def _forward(x, folded, bias, seed, patch_size, dropout_p, dtype):
+    from catkernels.kernels.cpsa_forward import cpsa_forward
+
+    return cpsa_forward(x, folded, bias, seed, patch_size, dropout_p, dtype)
+
+
+def _forward_fake(x, folded, bias, seed, patch_size, dropout_p, dtype):
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
+    from catkernels.kernels.cpsa_backward import cpsa_backward
+
+    return cpsa_backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights)
+
+
+def _backward_fake(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
+    bias_shape = folded.shape[2:]
+    return (
+        x.new_empty(x.shape if needs_x else (0,)),
+        folded.new_empty(folded.shape if needs_weights else (0,)),
+        folded.new_empty(bias_shape if needs_weights else (0,)),
+    )
+
+
+def _forward_flops(x_shape, folded_shape, bias, seed, patch_size, *arguments, **_) -> int:
+    """Queries, scores, their products with the tokens, and outputs; of one patch, outputs only."""
+    patches, with_matrix, with_tokens = _product_flops(x_shape, patch_size)
+    return with_matrix if patches == 1 else 2 * with_matrix + 2 * with_tokens
+
+
+def _backward_flops(grad_shape, x_shape, folded_shape, seed, patch_size, *arguments, **_) -> int:
+    """The forward pass again but its outputs, and two products for each of its factors."""
+    patches, with_matrix, with_tokens = _product_flops(x_shape, patch_size)
+    return 2 * with_matrix if patches == 1 else 5 * with_matrix + 6 * with_tokens
+
+
+def _product_flops(x_shape: torch.Size, patch_size: int) -> tuple[int, int, int]:
+    """P, and the FLOPs of a product of all tokens with a matrix, and with one another."""
+    batch, height, width, channels = x_shape
+    patches = -(-height // patch_size) * -(-width // patch_size)
+    tokens = batch * channels * patches
+    return patches, 2 * tokens * patch_size**4, 2 * tokens * patches * patch_size**2
+
+
+define_operator(
+    "cpsa_forward(Tensor x, Tensor folded, Tensor? bias, Tensor? seed, "
+    "int patch_size, float dropout_p, ScalarType dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+    _forward_flops,
+)
+define_operator(
+    "cpsa_backward(Tensor grad, Tensor x, Tensor folded, Tensor? seed, int patch_size, "
+    "float dropout_p, bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _backward_flops,
+)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from catkernels.ops.device import KERNEL_DEVICES, device_reasons, interpreting
+from catkernels.ops.device import device_reasons
+from catkernels.ops.operator import call_once_differentiable, define_operator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PATCH_SIZE = 8
@@ -95,36 +95,20 @@ class _Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         qkv, _, qkv_bias, *_ = saved
         _, needs_table, needs_qkv_bias, *_ = ctx.needs_input_grad
-        gradient = torch.ops.catkernels.ipsa_backward
-        # a compiled graph refuses to be differentiated twice by itself
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            gradient = _AttentionGradient.apply
-        grad_pixels, grad_table = gradient(grad_out, *saved, needs_table, *ctx.problem)
+        grad_pixels, grad_table = call_once_differentiable(
+            torch.ops.catkernels.ipsa_backward,
+            "ipsa_attention",
+            grad_out,
+            *saved,
+            needs_table,
+            *ctx.problem,
+        )
         pixels = qkv.shape[:-1].numel()
         grad_qkv = grad_pixels[:pixels].view(qkv.shape)
         grad_qkv_bias = None
         if needs_qkv_bias:
             grad_qkv_bias = grad_pixels[pixels:].sum(0, dtype=torch.float32).to(qkv_bias.dtype)
         return grad_qkv, grad_table if needs_table else None, grad_qkv_bias, *(None,) * 5
-
-
-class _AttentionGradient(torch.autograd.Function):
-    """The backward operator. It has no derivative, and says so where one is asked for."""
-
-    @staticmethod
-    def forward(*inputs):
-        return torch.ops.catkernels.ipsa_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "the kernels of ipsa_attention cannot be differentiated twice: "
-            'use backend="reference" where second derivatives are needed'
-        )
 
 
 # The operators end in the arguments of a problem: num_heads, patch_size, scale and dropout_p.
@@ -201,28 +185,18 @@ def _backward_flops(grad_shape, qkv_shape, *arguments, **_) -> int:
     return _forward_flops(qkv_shape, *arguments) // 2 * 5
 
 
-def _register() -> torch.library.Library:
-    """Define the operators; the library that is returned keeps them alive."""
-    problem = "int num_heads, int patch_size, float scale, float dropout_p"
-    library = torch.library.Library("catkernels", "FRAGMENT")
-    library.define(
-        "ipsa_forward(Tensor qkv, Tensor? bias_table, Tensor? qkv_bias, Tensor? seed, "
-        f"bool save_lse, {problem}) -> (Tensor, Tensor)"
-    )
-    library.define(
-        "ipsa_backward(Tensor grad_out, Tensor qkv, Tensor? bias_table, Tensor? qkv_bias, "
-        f"Tensor? seed, Tensor lse, bool needs_table, {problem}) -> (Tensor, Tensor)"
-    )
-    for name, implementation, fake, flops in (
-        ("ipsa_forward", _forward, _forward_outputs, _forward_flops),
-        ("ipsa_backward", _backward, _backward_outputs, _backward_flops),
-    ):
-        devices = (*KERNEL_DEVICES, "cpu") if interpreting() else KERNEL_DEVICES
-        for device in devices:
-            library.impl(name, implementation, device.upper())
-        torch.library.register_fake(f"catkernels::{name}", fake, lib=library)
-        register_flop_formula(getattr(torch.ops.catkernels, name))(flops)
-    return library
-
-
-_library = _register()
+_PROBLEM = "int num_heads, int patch_size, float scale, float dropout_p"
+define_operator(
+    "ipsa_forward(Tensor qkv, Tensor? bias_table, Tensor? qkv_bias, Tensor? seed, "
+    f"bool save_lse, {_PROBLEM}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_outputs,
+    _forward_flops,
+)
+define_operator(
+    "ipsa_backward(Tensor grad_out, Tensor qkv, Tensor? bias_table, Tensor? qkv_bias, "
+    f"Tensor? seed, Tensor lse, bool needs_table, {_PROBLEM}) -> (Tensor, Tensor)",
+    _backward,
+    _backward_outputs,
+    _backward_flops,
+)

@@ -1,0 +1,238 @@
+"""Launches of the CPSA kernels: the problem as the kernels see it, and the launch tables.
+
+The reasons are resources of the compiled kernels under Triton 3.6 and 3.8, which
+tests/test_cpsa_resources.py asserts: a thread has 255 registers, and what spills goes to memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from catkernels.kernels.launch import (
+    AMPERE,
+    CDNA,
+    HOPPER,
+    Launch,
+    architecture,
+    dot_precision,
+)
+
+TILE = 64  # tokens of a tile, and the most patches that a tile holds
+
+# Persistent programs of a backward pass, each with its own sum of the weights' gradients: two for
+# each multiprocessor of an H100, on every device, so that the order of sums is always the same.
+PROGRAMS = 264
+
+# Large maps are copied to tokens and back in blocks of 16 patches of 16 channels: whole sectors of
+# 32 bytes of the map, 128 bytes of a token.
+COPY_PATCHES, COPY_CHANNELS = 16, 16
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of one call."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    patch_size: int
+
+    @classmethod
+    def of(cls, x: Tensor, patch_size: int) -> Problem:
+        return cls(*x.shape, patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        return -(-self.height // self.patch_size) * -(-self.width // self.patch_size)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.batch * self.channels
+
+    @property
+    def padded(self) -> bool:
+        return self.height % self.patch_size != 0 or self.width % self.patch_size != 0
+
+    @property
+    def wide(self) -> bool:
+        """Whether offsets into one image need 64 bits."""
+        return self.height * self.width * self.channels >= 2**31
+
+    def map_arguments(self) -> dict:
+        """The arguments of kernels that address the map."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "num_patches": self.num_patches,
+            "CHANNELS": self.channels,
+            "PATCH": self.patch_size,
+            "PADDED": self.padded,
+            "WIDE": self.wide,
+        }
+
+    def token_arguments(self) -> dict:
+        """The arguments of kernels that address tokens."""
+        return {"num_channels": self.channels, "num_patches": self.num_patches}
+
+
+def attention_arguments(seed: Tensor | None, dropout_p: float, dtype: torch.dtype, device) -> dict:
+    """The arguments of kernels that attend."""
+    # dropout decides with 16 random bits, and rescales by what that makes of its probability
+    drop_threshold = min(round(dropout_p * 2**16), 2**16 - 1)
+    return {
+        "seed_ptr": seed,
+        "drop_threshold": drop_threshold,
+        "keep_scale": 2**16 / (2**16 - drop_threshold),
+        "PRECISION": dot_precision(dtype, device),
+    }
+
+
+@dataclass(frozen=True)
+class TileLaunch(Launch):
+    """How a kernel is launched on tiles of the map."""
+
+    block_c: int
+    patches_low: int  # of a tile's patches, those whose pixels different threads may own
+    patches_high: int = 1  # times as many, which one thread owns
+    reload: bool = False
+
+    def constants(self) -> dict:
+        return {
+            "BLOCK_C": self.block_c,
+            "PATCHES_HIGH": self.patches_high,
+            "PATCHES_LOW": self.patches_low,
+            "RELOAD": self.reload,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def forward_launch(problem: Problem, dtype: torch.dtype, device) -> TileLaunch | None:
+    """The launch of the packed forward kernel, or None where tokens serve better."""
+    if problem.num_patches > TILE:
+        return None
+    arch = architecture(device)
+    patches = triton.next_power_of_2(problem.num_patches)
+    # 16 bytes of neighbouring channels, or more where a tile holds more channels
+    block_c = max(16 // dtype.itemsize, TILE // patches)
+    if dtype == torch.float32:
+        # two groups of float32 spill; exact products want the registers of twice the threads
+        return TileLaunch(8, 1, block_c, patches) if patches <= 16 else None
+    # Ampere keeps operands in registers: each use fetches the weights anew
+    reload = arch == AMPERE
+    if patches < TILE:
+        return TileLaunch(4, 1, block_c, patches, reload=reload)
+    if arch == AMPERE:
+        # eight groups spill (104 bytes)
+        return None
+    # Patches that one thread owns keep the operands' stores to shared memory at 16 bytes. Four
+    # warps would spill on NVIDIA (240 bytes), eight on CDNA.
+    num_warps, patches_high = (4, 4) if arch == CDNA else (8, 2)
+    return TileLaunch(num_warps, 1, block_c, patches // patches_high, patches_high)
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """One launch of a backward kernel: the gradients it gives, and how it is launched."""
+
+    gives: tuple[str, ...]  # "x", "score" and "value": x, A with u, M with the constants
+    block_c: int = 1
+    patches: int = TILE
+    num_warps: int = 4
+
+    def is_needed(self, needs_x: bool, needs_weights: bool) -> bool:
+        return (needs_x and "x" in self.gives) or (needs_weights and self.gives != ("x",))
+
+    def constants(self, needs_x: bool, needs_weights: bool) -> dict:
+        return {
+            "GIVE_X": needs_x and "x" in self.gives,
+            "GIVE_SCORE": needs_weights and "score" in self.gives,
+            "GIVE_VALUE": needs_weights and "value" in self.gives,
+            "num_warps": self.num_warps,
+            "num_stages": 1,
+        }
+
+    def map_constants(self, needs_x: bool, needs_weights: bool) -> dict:
+        return {
+            "BLOCK_C": self.block_c,
+            "PATCHES_HIGH": 1,
+            "PATCHES_LOW": self.patches,
+            **self.constants(needs_x, needs_weights),
+        }
+
+
+def backward_takes_tokens(problem: Problem) -> bool:
+    """Whether the backward pass reads tokens: a map tile of more patches has too many groups."""
+    return problem.num_patches > 16
+
+
+def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[BackwardPass, ...]:
+    """The passes that together give all gradients, for up to 64 patches.
+
+    One pass multiplies least, but holds both sums of the weights' gradients beside the products.
+    """
+    arch = architecture(device)
+    patches = triton.next_power_of_2(problem.num_patches)
+    one_group = TILE // patches
+    block_c = max(16 // dtype.itemsize, one_group)
+    groups = block_c // one_group if not backward_takes_tokens(problem) else 1
+    if patches == 1:
+        return (BackwardPass(("x", "score", "value"), block_c, patches),)
+    if arch == AMPERE or dtype == torch.float32:
+        # In one pass half precision spills 360 to 790 bytes on Ampere, TF32 24 to 1180 on Hopper.
+        # On Ampere the scores of two groups spill even alone (320 bytes).
+        return (
+            BackwardPass(("x",), block_c, patches),
+            BackwardPass(("score",), one_group, patches),
+            BackwardPass(("value",), block_c, patches),
+        )
+    if groups == 1:
+        return (BackwardPass(("x", "score", "value"), block_c, patches),)
+    if arch == HOPPER:
+        # in one pass 390 bytes are spilt, in two up to 230, where the map is float32
+        return tuple(BackwardPass((g,), block_c, patches) for g in ("x", "score", "value"))
+    return (
+        BackwardPass(("x",), block_c, patches),
+        BackwardPass(("score", "value"), block_c, patches),
+    )
+
+
+@dataclass(frozen=True)
+class FlashLaunch(Launch):
+    """How a flash kernel is launched."""
+
+    block_q: int
+    block_k: int
+
+    def constants(self) -> dict:
+        return {
+            "BLOCK_Q": self.block_q,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def flash_forward_launch(dtype: torch.dtype) -> FlashLaunch:
+    # float32 products take registers that only twice the threads have
+    return FlashLaunch(8, 1, 64, 64) if dtype == torch.float32 else FlashLaunch(4, 2, 64, 64)
+
+
+def flash_backward_launch(dtype: torch.dtype, device) -> FlashLaunch:
+    if dtype == torch.float32:
+        # with 64 keys the queries' pass spills (168 bytes on Hopper)
+        return FlashLaunch(8, 1, 64, 32)
+    # with 64 queries the keys' pass spills on Ampere (16 bytes)
+    return FlashLaunch(4, 1, 32 if architecture(device) == AMPERE else 64, 64)
+
+
+def flash_weights_launch(dtype: torch.dtype, device) -> Launch:
+    if dtype == torch.float32:
+        return Launch(8, 1)
+    # on Ampere, fetching ahead frees registers (16 bytes are spilt without it)
+    return Launch(4, 2 if architecture(device) == AMPERE else 1)

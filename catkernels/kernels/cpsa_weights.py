@@ -1,0 +1,206 @@
+"""The folded weights as the CPSA kernels hold them, and the way back for their gradients.
+
+The kernels hold two matrices (2, 64, 64) in their own dtype: A and M on the 8 x 8 grid, divided by
+powers of two that bring their largest element into [1, 2), so that half precision neither overflows
+nor underflows. Beside them stand float32 constants (4, 64): u, divided as A is; Wp bv; Wp bv + bp;
+and a row that begins with the two powers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from catkernels.kernels.cpsa_tiles import GRID, PIXELS
+
+# where the constants begin
+SCORE_CONSTANT = tl.constexpr(0)
+VALUE_CONSTANT = tl.constexpr(64)
+OUT_CONSTANT = tl.constexpr(128)
+SCORE_SCALE = tl.constexpr(192)
+VALUE_SCALE = tl.constexpr(193)
+
+MATRIX = tl.constexpr(64 * 64)
+# a program's share of the gradients: of both matrices, then of u, Wp bv and bp
+PARTIAL = tl.constexpr(2 * 64 * 64 + 3 * 64)
+
+
+@triton.jit
+def load_matrix(matrix_ptr, RELOAD: tl.constexpr):
+    """A matrix (PIXELS, PIXELS); RELOAD fetches it anew at every use, which frees registers."""
+    pixel = tl.arange(0, PIXELS)
+    return tl.load(matrix_ptr + pixel[:, None] * PIXELS + pixel[None, :], volatile=RELOAD)
+
+
+@triton.jit
+def load_constants(constants_ptr):
+    """A row (1, PIXELS) of the constants."""
+    return tl.load(constants_ptr + tl.arange(0, PIXELS))[None, :]
+
+
+@triton.jit
+def zero_gradients():
+    """A program's gradients: of A and M (PIXELS, PIXELS), of u, Wp bv and bp (PIXELS,)."""
+    matrix = tl.zeros((PIXELS, PIXELS), tl.float32)
+    constants = tl.zeros((PIXELS,), tl.float32)
+    return matrix, matrix, constants, constants, constants
+
+
+@triton.jit
+def sum_rows(tile):
+    """The sum (PIXELS,) of a tile's rows, in float32 and two steps: short chains round less."""
+    tile = tl.reshape(tile.to(tl.float32), (8, tile.shape[0] // 8, PIXELS))
+    return tl.sum(tl.sum(tile, 1), 0)
+
+
+@triton.jit
+def store_gradients(
+    partial_ptr, gradients, seed_ptr, GIVE_SCORE: tl.constexpr, GIVE_VALUE: tl.constexpr
+):
+    """Store a program's gradients, those of the scores' or of the values' weights, or both."""
+    pixel = tl.arange(0, PIXELS)
+    place = pixel[:, None] * PIXELS + pixel[None, :]
+    score_grad, value_grad, score_constant_grad, value_constant_grad, out_constant_grad = gradients
+    constants_ptr = partial_ptr + 2 * MATRIX
+    if GIVE_SCORE:
+        tl.store(partial_ptr + place, score_grad)
+        tl.store(constants_ptr + pixel, score_constant_grad)
+    if GIVE_VALUE:
+        if seed_ptr is None:
+            # every row of attention weights then sums to 1
+            value_constant_grad = out_constant_grad
+        tl.store(partial_ptr + MATRIX + place, value_grad)
+        tl.store(constants_ptr + PIXELS + pixel, value_constant_grad)
+        tl.store(constants_ptr + 2 * PIXELS + pixel, out_constant_grad)
+
+
+@triton.jit
+def cpsa_prepare_weights_kernel(
+    folded_ptr,
+    bias_ptr,
+    matrices_ptr,
+    constants_ptr,
+    PATCH: tl.constexpr,
+):
+    """A, M, u and the constants of folded weights (2, N*N + 1, N*N), on the grid and scaled.
+
+    Grid: (2,), the scores' weights and the values'.
+    Writes: matrices_ptr (2, 64, 64), constants_ptr (4, 64) up to the powers in its last row.
+    """
+    side: tl.constexpr = PATCH * PATCH
+    kind = tl.program_id(0)
+    coordinate = tl.arange(0, PIXELS)
+    pixel = coordinate // GRID * PATCH + coordinate % GRID
+    real = (coordinate // GRID < PATCH) & (coordinate % GRID < PATCH)
+
+    folded_ptr += kind * (side + 1) * side
+    # [PIXELS, PIXELS]
+    matrix = tl.load(
+        folded_ptr + pixel[:, None] * side + pixel[None, :],
+        mask=real[:, None] & real[None, :],
+        other=0.0,
+    )
+    # [PIXELS]
+    constant = tl.load(folded_ptr + side * side + pixel, mask=real, other=0.0)
+
+    largest = tl.max(tl.max(tl.abs(matrix), 1), 0)
+    if kind == 0:
+        # x A + u is rounded as one: u must not overflow either
+        largest = tl.maximum(largest, tl.max(tl.abs(constant), 0))
+    # the exponent field of a normal number, that of 1 for zero; 2**e and 2**-e are then exact
+    exponent = tl.cast(largest, tl.int32, bitcast=True) >> 23
+    exponent = tl.where(exponent == 0, 127, tl.minimum(exponent, 253))
+    power = tl.cast(exponent << 23, tl.float32, bitcast=True)
+    inverse = tl.cast((254 - exponent) << 23, tl.float32, bitcast=True)
+
+    place = coordinate[:, None] * PIXELS + coordinate[None, :]
+    scaled = (matrix * inverse).to(matrices_ptr.dtype.element_ty)
+    tl.store(matrices_ptr + kind * MATRIX + place, scaled)
+    tl.store(constants_ptr + SCORE_SCALE + kind, power)
+    if kind == 0:
+        tl.store(constants_ptr + SCORE_CONSTANT + coordinate, constant * inverse)
+    else:
+        tl.store(constants_ptr + VALUE_CONSTANT + coordinate, constant)
+        if bias_ptr is not None:
+            constant += tl.load(bias_ptr + pixel, mask=real, other=0.0)
+        tl.store(constants_ptr + OUT_CONSTANT + coordinate, constant)
+
+
+@triton.jit
+def cpsa_sum_partials_kernel(
+    partials_ptr,
+    constants_ptr,
+    folded_grad_ptr,
+    bias_grad_ptr,
+    num_partials,
+    PATCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+):
+    """The gradients of the folded weights and of the bias from all programs' shares.
+
+    Grid: (blocks of gradients,)
+    Writes: folded_grad_ptr (2, N*N + 1, N*N) and bias_grad_ptr (N*N,), in a fixed order of sums.
+    """
+    side: tl.constexpr = PATCH * PATCH
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = element // side
+    kind = row // (side + 1)
+    row = row % (side + 1)
+    to = element % side
+    is_bias = kind == 2
+    from_place = (row // PATCH * GRID + row % PATCH) * PIXELS
+    constant_place = 2 * MATRIX + kind * PIXELS
+    place = tl.where((row < side) & (kind < 2), kind * MATRIX + from_place, constant_place)
+    place += to // PATCH * GRID + to % PATCH
+    inside = element < 2 * (side + 1) * side + side
+
+    # [BLOCK]
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, num_partials, BLOCK_PARTIALS):
+        partial = first + tl.arange(0, BLOCK_PARTIALS)
+        total += tl.sum(
+            tl.load(
+                partials_ptr + partial[:, None] * PARTIAL + place[None, :],
+                mask=(partial < num_partials)[:, None] & inside[None, :],
+                other=0.0,
+            ),
+            0,
+        )
+    # the kernels' gradients of the scores are divided by the power of the values
+    total *= tl.where(kind == 0, tl.load(constants_ptr + VALUE_SCALE), 1.0)
+    tl.store(folded_grad_ptr + element, total, mask=inside & (kind < 2))
+    tl.store(bias_grad_ptr + to, total, mask=inside & is_bias)
+
+
+def prepare_weights(
+    folded: Tensor, bias: Tensor | None, patch_size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The matrices (2, 64, 64) in ``dtype`` and the float32 constants (4, 64) of folded weights."""
+    matrices = folded.new_empty((2, PIXELS.value, PIXELS.value), dtype=dtype)
+    constants = folded.new_empty((4, PIXELS.value))
+    cpsa_prepare_weights_kernel[(2,)](
+        folded, bias, matrices, constants, PATCH=patch_size, num_warps=4
+    )
+    return matrices, constants
+
+
+def sum_partials(partials: Tensor, constants: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Gradients (2, N*N + 1, N*N) of the folded weights and (N*N,) of the bias, in float32."""
+    side = patch_size**2
+    folded_grad = partials.new_empty((2, side + 1, side))
+    bias_grad = partials.new_empty((side,))
+    block = 128
+    grid = (triton.cdiv(folded_grad.numel() + side, block),)
+    cpsa_sum_partials_kernel[grid](
+        partials,
+        constants,
+        folded_grad,
+        bias_grad,
+        partials.shape[0],
+        PATCH=patch_size,
+        BLOCK=block,
+        BLOCK_PARTIALS=64,
+        num_warps=4,
+    )
+    return folded_grad, bias_grad

@@ -1,0 +1,66 @@
+"""What an operator of ours is to PyTorch, and how often it can be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from catkernels.ops.device import KERNEL_DEVICES, TRITON_IS_INSTALLED, interpreting
+
+# Keeps the operators that are defined in it alive.
+_library = torch.library.Library("catkernels", "FRAGMENT")
+
+
+def define_operator(
+    schema: str, implementation: Callable, fake: Callable, flops: Callable
+) -> torch._ops.OpOverloadPacket:
+    """Define ``torch.ops.catkernels.<name>``.
+
+    Args:
+        schema: name, arguments and results, as `torch.library.define` takes them.
+        implementation: runs kernels; on the CPU only where Triton's interpreter does.
+        fake: gives results of the right shape, dtype and device, with no values.
+        flops: FLOPs of a call, from the shapes of its tensors.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    for device in (*KERNEL_DEVICES, "cpu") if interpreting() else KERNEL_DEVICES:
+        _library.impl(name, implementation, device.upper())
+    torch.library.register_fake(f"catkernels::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.catkernels, name)
+    if TRITON_IS_INSTALLED:
+        # imports Triton, and would complain where it is missing
+        from torch.utils.flop_counter import register_flop_formula
+
+        register_flop_formula(operator)(flops)
+    return operator
+
+
+def call_once_differentiable(operator: Callable, function: str, *arguments):
+    """``operator(*arguments)`` in the backward pass of ``function``, which has no second one.
+
+    `torch.autograd.function.once_differentiable` would stay silent, and wrong, where the incoming
+    gradient needs no gradient, as in a gradient penalty.
+    """
+    # a compiled graph refuses to be differentiated twice by itself
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _OnceDifferentiable.apply(operator, function, *arguments)
+    return operator(*arguments)
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(operator, function, *arguments):
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.function, *_ = inputs
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError(
+            f"the kernels of {ctx.function} cannot be differentiated twice: "
+            'use backend="reference" where second derivatives are needed'
+        )

@@ -1,0 +1,176 @@
+"""Modules and whole models on the kernels: everything between a user's call and a launch.
+
+Without a GPU the kernels run in Triton's interpreter; on one the same tests run there.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import catkernels
+from catkernels import official
+from catkernels.testing import assert_within_error_budget
+
+TINY = {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 4, "ape": True}
+
+
+def build(kind: str, device: torch.device):
+    """A model on the kernels, and images."""
+    torch.manual_seed(0)
+    if kind == "classifier":
+        model, size = catkernels.CAT(**TINY, img_size=56, drop_path_rate=0.0), (56, 56)
+    else:
+        dense = {"out_indices": (0, 1), "img_size": 56, "drop_path_rate": 0.0}
+        model, size = official.CAT(**TINY, **dense), (38, 45)
+    catkernels.patch(model, backend="triton")
+    return model.to(device), torch.randn(2, 3, *size, device=device)
+
+
+def outputs_and_gradients(model, images):
+    outputs = model(images)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(output.float().square().sum() for output in outputs)
+    gradients = torch.autograd.grad(loss, tuple(model.parameters()))
+    assert all(g.dtype == p.dtype for g, p in zip(gradients, model.parameters(), strict=True))
+    return [output.detach() for output in outputs], gradients
+
+
+def with_backend(model, backend: str):
+    copy = deepcopy(model)
+    catkernels.patch(copy, backend=backend)
+    return copy
+
+
+def compare(actual, same_dtype, double) -> None:
+    for result, eager, exact in zip(actual[0], same_dtype[0], double[0], strict=True):
+        assert_within_error_budget(result, eager, exact)
+    # gradients that cancel to nearly nothing are all rounding: they are judged together
+    together = [
+        torch.cat([g.flatten() for g in gradients[1]]) for gradients in (actual, same_dtype)
+    ]
+    assert_within_error_budget(*together, torch.cat([g.flatten() for g in double[1]]))
+
+
+@pytest.mark.parametrize("kind", ["classifier", "backbone"])
+def test_models_train_as_on_the_reference(kind, device, launches):
+    model, images = build(kind, device)
+    reference = with_backend(model, "reference")
+    compare(
+        outputs_and_gradients(model, images),
+        outputs_and_gradients(reference, images),
+        outputs_and_gradients(deepcopy(reference).double(), images.double()),
+    )
+    assert launches["ipsa_forward_kernel"] == launches["ipsa_backward_kernel"] == 4
+    assert any(name.startswith("cpsa") for name in launches)
+
+
+@pytest.mark.usefixtures("round_to_nearest_bf16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, device, launches):
+    model, images = build("classifier", device)
+    reference = with_backend(model, "reference")
+    results = []
+    for candidate in (model, reference):
+        with torch.autocast(device.type, dtype):
+            results.append(outputs_and_gradients(candidate, images))
+    double = outputs_and_gradients(deepcopy(reference).double(), images.double())
+    compare(*results, double)
+
+
+@pytest.mark.usefixtures("round_to_nearest_bf16")
+def test_half_parameters(device, launches):
+    model, images = build("backbone", device)
+    model.bfloat16()
+    with torch.inference_mode():
+        outputs = model(images.bfloat16())
+        same = with_backend(model, "reference")(images.bfloat16())
+        exact = with_backend(model, "reference").double()(images.bfloat16().double())
+    for output, eager, double in zip(outputs, same, exact, strict=True):
+        assert output.dtype == torch.bfloat16
+        assert_within_error_budget(output, eager, double)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
+def test_checkpointing_repeats_the_dropout(attention, use_reentrant, device, launches):
+    block = catkernels.CATBlock(
+        32, 2, attn_type=attention, attn_drop=0.3, drop=0.1, drop_path=0.2, backend="triton"
+    ).to(device)
+    x = torch.randn(2, 9, 7, 32, device=device, requires_grad=True)
+    gradients = []
+    for call in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(11)
+        call(x).square().sum().backward()
+        leaves = (x, *block.parameters())
+        gradients.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    for plain, repeated in zip(*gradients, strict=True):
+        assert torch.equal(plain, repeated)
+
+
+def test_deterministic_algorithms_are_no_obstacle(device, launches):
+    model, images = build("classifier", device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first = outputs_and_gradients(model, images)
+        second = outputs_and_gradients(model, images)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert torch.equal(one, other)
+
+
+def bytes_saved(function, x) -> int:
+    """The bytes that a call keeps for its backward pass, parameters and shared storage left out."""
+    storages = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(x)
+    del output
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("attention", "maps"), [("ipsa", 6), ("cpsa", 2)])
+def test_what_a_block_saves_for_its_backward_pass(attention, maps, device, launches):
+    """In sizes of the map, the official code's beside it.
+
+    The norm's input and output are two; IPSA adds q, k, v and the input of proj, CPSA nothing.
+    """
+    block = catkernels.CATBlock(64, 2, attn_type=attention, backend="triton").to(device)
+    x = torch.randn(2, 28, 28, 64, device=device, requires_grad=True)
+    map_bytes = x.numel() * x.element_size()
+    ours = bytes_saved(lambda x: block.attn(block.norm1(x)), x) / map_bytes
+
+    theirs_block = official.CATBlock(
+        64, (28, 28), 2, 7, 4.0, True, None, 0.0, 0.0, 0.0, torch.nn.LayerNorm, attention
+    ).to(device)
+    attend = theirs_block.attend_within if attention == "ipsa" else theirs_block.attend_across
+    theirs = bytes_saved(lambda x: attend(theirs_block.norm1(x)), x) / map_bytes
+    assert ours <= maps + 0.3, f"{ours:.2f} maps"
+    assert theirs > 1.2 * ours, f"{theirs:.2f} maps"
+
+
+@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
+def test_an_unpadded_child_with_a_hook_still_reaches_the_kernels_or_says_so(
+    attention, device, launches
+):
+    block = catkernels.CATBlock(32, 2, attn_type=attention, backend="triton").to(device)
+    x = torch.randn(1, 7, 7, 32, device=device)
+    expected = block(x)
+    block.attn.proj.register_forward_hook(lambda module, args, output: None)
+    if attention == "ipsa":
+        torch.testing.assert_close(block(x), expected)
+        assert launches["ipsa_forward_kernel"] == 2
+    else:
+        with pytest.raises(ValueError, match="cannot use backend='triton'"):
+            block(x)
