@@ -47,12 +47,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_demo(commands) -> None:
-    demo = commands.add_parser("demo", help="run a CAT on a photo, as it is and patched")
+    demo = commands.add_parser("demo", help="run a CAT on a photo, or a trained one on digits")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
-    demo.add_argument("--model", choices=VARIANTS, default="cat_small", help="default: %(default)s")
-    demo.add_argument("--size", type=_whole(1, 4096), default=224, help="its side; %(default)s")
-    demo.add_argument("--batch", type=_whole(1, 1024), default=8, help="copies of it; %(default)s")
-    demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random by default")
+    demo.add_argument(
+        "--model", choices=(*VARIANTS, "digits"), default="cat_small", help="default: %(default)s"
+    )
+    demo.add_argument("--size", type=_whole(1, 4096), help="side of the photo; 224")
+    demo.add_argument("--batch", type=_whole(1, 1024), help="copies of it; 8")
+    demo.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights; random, or the digits'"
+    )
     demo.add_argument(
         "--save",
         type=Path,
@@ -80,7 +84,7 @@ def _add_train(commands) -> None:
         "--size", type=_whole(1, 4096), help="side of the images; by default the model's"
     )
     train.add_argument(
-        "--epochs", type=_whole(1, 10**6), help="default: 60 for the digits, else 100"
+        "--epochs", type=_whole(1, 10**6), help="default: 40 for the digits, else 100"
     )
     train.add_argument("--batch-size", type=_whole(1, 2**20), help="images of a step; 64")
     train.add_argument("--learning-rate", type=float, help="its peak for 512 images of a step")
@@ -157,17 +161,31 @@ def _triton_version() -> str:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    # the demo's own needs, pillow and matplotlib, are no needs of the package
-    from catkernels.demo import run
+    save = options.save
+    if save.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
+    if not save.parent.is_dir():
+        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
+    # the demos' own needs, such as matplotlib, are no needs of the package
+    if options.model == "digits":
+        from catkernels import digits_demo
 
-    run(
-        model=options.model,
-        image=options.image,
-        size=options.size,
-        batch=options.batch,
-        checkpoint=options.checkpoint,
-        save=options.save,
-    )
+        if options.image or options.size or options.batch:
+            raise ValueError(
+                "--image, --size and --batch are of photos: leave them out, or give another --model"
+            )
+        digits_demo.run(checkpoint=options.checkpoint, save=save)
+    else:
+        from catkernels import demo
+
+        demo.run(
+            model=options.model,
+            image=options.image,
+            size=options.size or 224,
+            batch=options.batch or 8,
+            checkpoint=options.checkpoint,
+            save=save,
+        )
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A CAT for handwritten digits, small enough to train on a laptop.
+"""A CAT for handwritten digits, small enough to ship with its weights.
 
 The images are the 1797 real digits that scikit-learn ships, 8 x 8 pixels each. Doubled in size, a
 digit is a 16 x 16 map of 4 x 4 patches: both attentions have something to do, and N divides it.
@@ -6,9 +6,14 @@ digit is a 16 x 16 map of 4 x 4 patches: both attentions have something to do, a
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from catkernels.cat import CAT
+from catkernels.checkpoint import load_checkpoint
 
 # The model, as arguments of `CAT`.
 DIGITS: dict = {
@@ -20,9 +25,17 @@ DIGITS: dict = {
     "depths": (1, 1),
     "num_heads": (1, 2),
     "patch_size": 4,
-    "drop_path_rate": 0.1,
+    "drop_path_rate": 0.05,
     "ape": True,
 }
+WEIGHTS = Path(__file__).with_name("digits.safetensors")
+
+
+def pretrained_digits() -> CAT:
+    """The model with the weights that ship, in evaluation mode: (B, 1, 16, 16) -> (B, 10)."""
+    model = CAT(**DIGITS)
+    load_checkpoint(model, WEIGHTS)
+    return model.eval()
 
 
 def load_digits(size: int = DIGITS["img_size"]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from catkernels.digits import load_digits
+from catkernels.digits import DIGITS, load_digits
 from catkernels.training.processes import Processes
 
 try:
@@ -97,7 +97,7 @@ class PhotoDataset(Dataset):
         return normalised(read_photo(path, self.size)), label
 
 
-def digits_data(size: int) -> ImageData:
+def digits_data(size: int = DIGITS["img_size"]) -> ImageData:
     """The digits of scikit-learn at ``size`` x ``size`` pixels, a fifth of each class held out."""
     images, labels = load_digits(size)
     train, test = (TensorDataset(images[part], labels[part]) for part in held_out(labels.tolist()))

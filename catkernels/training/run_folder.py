@@ -98,13 +98,8 @@ class RunFolder:
 
     def save_weights(self, state_dict: dict[str, Tensor]) -> None:
         """Save the weights, with the options and what computed them in the file's header."""
-        made_with = {
-            "torch": torch.__version__,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-        }
         # one entry, since safetensors writes several in no fixed order
-        about = {"catkernels": json.dumps({"options": self.options, "made_with": made_with})}
+        about = {"catkernels": json.dumps({"options": self.options, "made_with": made_with()})}
         tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
         data = safetensors.torch.save(tensors, about)
         write_atomically(self.weights, lambda file: file.write(data))
@@ -122,6 +117,11 @@ class RunFolder:
         write_atomically(self.curve, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
+def made_with() -> dict[str, str]:
+    """What a run's rounding depends on here, beside its options."""
+    return {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
 def draw_curve(epochs: Sequence[Epoch], losses: Tensor, title: str) -> Figure:
     """Both losses and the accuracy by epoch, over the loss of each step (steps,)."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -129,10 +129,10 @@ def draw_curve(epochs: Sequence[Epoch], losses: Tensor, title: str) -> Figure:
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     places = [epoch.epoch for epoch in epochs]
     in_epochs = (torch.arange(len(losses)) + 1) * len(epochs) / len(losses)
-    loss_axes.plot(in_epochs, losses.cpu(), color="C0", alpha=0.25, linewidth=0.8)
+    loss_axes.plot(in_epochs.numpy(), losses.cpu().numpy(), color="C0", alpha=0.25, linewidth=0.8)
     loss_axes.plot(places, [e.train_loss for e in epochs], color="C0", label="training")
     loss_axes.plot(places, [e.test_loss for e in epochs], color="C1", label="test")
-    loss_axes.set(xlabel="epoch", ylabel="cross-entropy")
+    loss_axes.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
     loss_axes.legend(frameon=False)
     accuracy_axes.plot(places, [100 * epoch.test_accuracy for epoch in epochs], color="C1")
     accuracy_axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 101))

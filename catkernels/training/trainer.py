@@ -46,7 +46,8 @@ class Trainer:
     All that is random in a step follows from the seed and the step's number, and the order of the
     images from the seed and the epoch's. So the state after a step is all that is needed to go on
     as if nothing had happened, and the augmentation is the same however many processes share a
-    batch. Only DropPath is drawn by each process for itself.
+    batch. Only DropPath and dropout are drawn by each process for itself. Every step sets torch's
+    seed.
 
     Args:
         model: a CAT classifier; it is moved to the processes' device.
@@ -212,8 +213,8 @@ class Trainer:
         """(B, num_classes) in the dtype of the weights, whatever they were computed in."""
         weights_dtype = next(self.model.parameters()).dtype
         precision = PRECISIONS[self.recipe.precision]
-        mixed = torch.autocast(images.device.type, precision, enabled=precision != torch.float32)
-        with mixed:
+        is_mixed = precision != torch.float32
+        with torch.autocast(images.device.type, precision, enabled=is_mixed):
             logits = network(images.to(weights_dtype))
         return logits.to(weights_dtype)
 
