@@ -14,6 +14,8 @@ from fresh_process import ROOT
 from tiny_training import torchrun, write_photos
 
 from catkernels.__main__ import main
+from catkernels.training import run_folder
+from catkernels.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -72,6 +74,31 @@ def test_killed_it_resumes_to_the_very_same_weights(photos, tmp_path, capsys):
     assert main(train_command(photos, killed, *epochs, "--resume")) == 0
     assert "resumed after step" in capsys.readouterr().out
     weights = [(run / "model.safetensors").read_bytes() for run in (whole, killed)]
+    assert weights[0] == weights[1]
+
+
+def test_interrupted_within_an_epoch_it_resumes_to_the_same_weights(
+    photos, tmp_path, monkeypatch, capsys
+):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    epochs = ("--epochs", "2")
+    assert main(train_command(photos, whole, *epochs)) == 0
+
+    train_step = Trainer._train_step
+
+    def interrupted_step(trainer: Trainer, *batch) -> None:
+        if trainer.step == 3:
+            raise KeyboardInterrupt
+        train_step(trainer, *batch)
+
+    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(Trainer, "_train_step", interrupted_step)
+    assert main(train_command(photos, interrupted, *epochs)) == 130
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    capsys.readouterr()
+    assert main(train_command(photos, interrupted, *epochs, "--resume")) == 0
+    assert "resumed after step 3 of 4" in capsys.readouterr().out
+    weights = [(run / "model.safetensors").read_bytes() for run in (whole, interrupted)]
     assert weights[0] == weights[1]
 
 
