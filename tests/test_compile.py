@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -75,8 +76,17 @@ def images(model, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *size)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", MODELS)
+# in plain runs each kind of model and each mode
+SAMPLE = {("classifier", "train"), ("backbone", "eval"), ("patched backbone", "train")}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.full)
+        for case in product(MODELS, ("train", "eval"))
+    ],
+)
 def test_models_compile_to_one_graph(name, mode):
     torch.manual_seed(0)
     model = MODELS[name]()

@@ -485,10 +485,11 @@ def test_wrong_arguments():
 def test_the_report_says_what_would_raise():
     model, images = build()
     report = patch(model, backend="triton")
-    if report.blocks[0].backend != "triton":
-        assert {block.backend for block in report.blocks} == {"raises"}
-        with pytest.raises(ValueError, match="cannot use backend='triton'"):
-            model(images)
+    # heads of 4 dimensions are below what the kernels take, on any device
+    served = {block.backend for block in report.blocks if block.kind == "ipsa"}
+    assert served == {"raises"}
+    with pytest.raises(ValueError, match=r"cannot use backend='triton'.*head dimensions"):
+        model(images)
 
 
 class Negated(official.CATLayer):
