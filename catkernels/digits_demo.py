@@ -5,8 +5,11 @@ from __future__ import annotations
 from math import isqrt
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from catkernels.block import CATBlock
@@ -15,15 +18,7 @@ from catkernels.checkpoint import load_checkpoint
 from catkernels.digits import pretrained_digits
 from catkernels.ops.device import best_device
 from catkernels.reference import from_windows
-
-try:
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    from catkernels.training.data import digits_data
-except ImportError as error:
-    raise ImportError(f"the demo needs {error.name}: pip install 'catkernels[demo]'") from error
+from catkernels.training.data import digits_data
 
 
 def run(*, checkpoint: Path | None, save: Path) -> None:

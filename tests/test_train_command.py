@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from fresh_process import ROOT
+from fresh_process import ROOT, run_python
 from tiny_training import torchrun, write_photos
 
 from catkernels.__main__ import main
@@ -160,3 +160,16 @@ def test_torchrun_divides_it_without_further_flags(photos, tmp_path):
     assert "fp32 on cpu and 1 more" in output
     assert output.count("test accuracy") == 3
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_missing_package_is_named():
+    output = run_python(
+        """
+        import sys
+        sys.modules["tqdm"] = None
+        from catkernels.__main__ import main
+        sys.stderr = sys.stdout
+        assert main(["train"]) == 2
+        """
+    )
+    assert output.endswith("training needs tqdm: pip install 'catkernels[train]'\n")

@@ -228,7 +228,7 @@ class TestTrainer:
     def test_batches_that_cannot_be_are_explained(self):
         with pytest.raises(ValueError, match="at most the 36 training images, got 64"):
             Trainer(tiny_model(), tiny_data(), replace(RECIPE, batch_size=64))
-        three = Processes(rank=0, count=3)
+        three = Processes(count=3)
         with pytest.raises(ValueError, match="divisible by the 3 processes, got 8"):
             Trainer(tiny_model(), tiny_data(), RECIPE, three)
 
@@ -255,7 +255,8 @@ with joined_processes() as processes:
 def test_two_processes_give_the_weights_of_one_with_the_joined_batch(tmp_path):
     (tmp_path / "divided.py").write_text(DIVIDED)
     torchrun(2, str(tmp_path / "divided.py"), str(tmp_path))
-    alone = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE)
+    cpu = Processes(device=torch.device("cpu"))
+    alone = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, cpu)
     expected = trained(alone)
     for rank in range(2):
         weights, losses, evaluation = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

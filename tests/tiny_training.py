@@ -68,7 +68,8 @@ def torchrun(processes: int, *arguments: str) -> str:
         [*command, f"--nproc-per-node={processes}", *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        # on CPUs, since there may be fewer GPUs than processes
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
         check=False,
     )

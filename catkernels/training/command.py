@@ -73,8 +73,6 @@ def run(
         # the digits' maps are too small to be worth dividing, and one thread gives the same bits
         # on machines of any number of cores
         _threads(1 if is_digits else torch.get_num_threads()),
-        # the patch embedding's gradient is the one operation with an inexact choice
-        torch.backends.cudnn.flags(deterministic=True),
     ):
         images = (
             digits_data(size) if is_digits else folder_data(Path(data), size, processes, strict)

@@ -7,22 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+from tqdm.contrib.concurrent import thread_map
 
 from catkernels.digits import DIGITS, load_digits
+from catkernels.images import normalised, read_photo
 from catkernels.training.processes import Processes
-
-try:
-    import PIL.Image
-    from sklearn.model_selection import StratifiedKFold
-    from tqdm.contrib.concurrent import thread_map
-
-    from catkernels.images import normalised, read_photo
-except ImportError as error:
-    raise ImportError(f"training needs {error.name}: pip install 'catkernels[train]'") from error
 
 # Of each class one image in so many is held out where the folder holds none.
 HOLD_OUT = 5

@@ -51,14 +51,25 @@ class Processes:
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Join the processes that ``torchrun`` started; without it, this one works alone."""
+    """Join the processes that ``torchrun`` started; without it, this one works alone.
+
+    Raises:
+        ValueError: the machine has too few devices for them.
+    """
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
     device = best_device()
     if device.type != "cpu":
-        device = torch.device(device.type, dist.get_node_local_rank())
-        torch.get_device_module(device).set_device(device)
+        devices = torch.get_device_module(device)
+        index, count = dist.get_node_local_rank(), devices.device_count()
+        if index >= count:
+            raise ValueError(
+                f"torchrun started more than {count} processes on a machine with {count} "
+                f"{device.type} devices: start at most one for each"
+            )
+        device = torch.device(device.type, index)
+        devices.set_device(device)
     dist.init_process_group()
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)

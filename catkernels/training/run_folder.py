@@ -13,17 +13,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import BinaryIO
 
+import safetensors.torch
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from catkernels.training.trainer import Epoch
-
-try:
-    import safetensors.torch
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise ImportError(f"training needs {error.name}: pip install 'catkernels[train]'") from error
 
 # Between two checkpoints within an epoch: what a killed run loses at most.
 CHECKPOINT_SECONDS = 60

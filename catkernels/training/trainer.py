@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -162,11 +163,12 @@ class Trainer:
         torch.manual_seed(_seed(recipe.seed, self.step, 1 + rank))
 
         self.model.train()
-        images, labels, maps = (self._to_device(tensor) for tensor in (images, labels, maps))
-        logits = self._logits(self.network, warp(images, maps))
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        images, labels, maps = (self._to_device(tensor) for tensor in (images, labels, maps))
+        with _repeatable_convolutions():
+            logits = self._logits(self.network, warp(images, maps))
+            loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
         self.scaler.step(self.optimizer)
@@ -220,6 +222,17 @@ class Trainer:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.processes.device, non_blocking=True)
+
+
+@contextmanager
+def _repeatable_convolutions() -> Iterator[None]:
+    """Keep cuDNN from sums in no fixed order, which the patch embedding's gradient may be."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _seed(*parts: int) -> int:
