@@ -1,0 +1,215 @@
+"""Render stored benchmark runs: the README's tables and each device's figures.
+
+    python -m benchmarks.report [RUN.json ...]
+
+Runs that are named are first filed under benchmarks/results/<device>/. Everything there is then
+rendered: tables between the markers in README.md, figures beside the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import figures
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MODELS = {"tiny": "CAT-T", "small": "CAT-S, CAT-B"}
+MODES = ("latency", "inference", "replay", "training")
+
+
+@dataclass(frozen=True)
+class Device:
+    """All runs of one device.
+
+    Attributes:
+        folder: where they are filed.
+        about: the runs' machine_info.
+        date: of the latest run.
+        rows: the `extra_info` of each benchmark, with the quartiles of its times.
+    """
+
+    folder: Path
+    about: dict
+    date: str
+    rows: list[dict]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.about["device_state"] != "one thread"
+
+
+def load(folder: Path) -> Device:
+    """The runs of one device.
+
+    Raises:
+        ValueError: a run is a trial, whose figures mean nothing, or is of another device.
+    """
+    runs = [read(path) for path in sorted(folder.glob("*.json"))]
+    about = runs[0]["machine_info"]
+    for run in runs:
+        if slug(run["machine_info"]["device"]) != folder.name:
+            raise ValueError(f"{folder} holds a run on {run['machine_info']['device']}: move it")
+    rows = [
+        benchmark["extra_info"]
+        | {f"{q}_ms": 1e3 * benchmark["stats"][q] for q in ("q1", "median", "q3")}
+        for run in runs
+        for benchmark in run["benchmarks"]
+    ]
+    return Device(folder, about, max(run["datetime"] for run in runs)[:10], rows)
+
+
+def read(path: Path) -> dict:
+    """A run as pytest-benchmark stored it.
+
+    Raises:
+        ValueError: it is none, or a trial.
+    """
+    run = json.loads(path.read_text())
+    about = run.get("machine_info", {})
+    if "benchmarks" not in run or "device_state" not in about:
+        raise ValueError(f"{path} is no run of these benchmarks: give a --benchmark-json file")
+    if about["trial"]:
+        raise ValueError(f"{path} is a trial, whose figures mean nothing: run without --trial")
+    return run
+
+
+def slug(device: str) -> str:
+    """A device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "")).strip("-")
+
+
+def tables(device: Device) -> Iterator[str]:
+    """The device's tables as lines of Markdown."""
+    versions = ", ".join(
+        f"{name} {device.about[name]}"
+        for name in ("torch", "triton", "ptxas", "cuda")
+        if device.about.get(name)
+    )
+    where = device.about["device"] + ("" if device.is_gpu else ", one thread")
+    yield f"**{where}** ({versions}; {device.date})"
+    yield ""
+    yield from _attention_table(device.rows)
+    yield from _model_table(device.rows)
+    links = (
+        f"[{picture.stem.replace('_', ' ')}]({picture.relative_to(ROOT)})"
+        for picture in sorted(device.folder.glob("*.svg"))
+    )
+    yield f"Figures: {', '.join(links)}."
+
+
+def _attention_table(rows: list[dict]) -> Iterator[str]:
+    """This package's rows of the sweep over the models' stages, a stage in each column."""
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        if row.get("sweep") == "stages" and row["provider"] == "catkernels":
+            model, stage, *_ = row["name"].split("-")
+            key = (row["operation"].upper(), MODELS[model], row["batch"], row["dtype"])
+            lines.setdefault((*key, row["direction"]), {})[stage] = _cell(row)
+    if not lines:
+        return
+    yield "| attention | model | batch | dtype | pass | stage 1 | stage 2 | stage 3 | stage 4 |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for key, cells in lines.items():
+        stages = [cells.get(f"stage{stage}", "") for stage in range(1, 5)]
+        yield f"| {' | '.join([*map(str, key), *stages])} |"
+    yield ""
+
+
+def _model_table(rows: list[dict]) -> Iterator[str]:
+    """Every provider's row of whole models."""
+    models = [row for row in rows if row["operation"] == "model"]
+    if not models:
+        return
+    yield "| model | run | batch | dtype | provider | official | the provider |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in sorted(models, key=lambda row: MODES.index(row["direction"])):
+        key = (row[name] for name in ("name", "direction", "batch", "dtype", "provider"))
+        yield f"| {' | '.join(map(str, key))} | {row['official_ms']:.3g} ms | {_cell(row)} |"
+    yield ""
+
+
+def _cell(row: dict) -> str:
+    """A time and its speed-up over the official operations of the same rounds."""
+    share = f", {row['percent_of_roofline']:.0f} %" if row["operation"] != "model" else ""
+    note = ", reference" if row.get("served_by", "").startswith("reference") else ""
+    noisy = " \\*" if row["void"] else ""
+    return f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x{share}{note}{noisy}"
+
+
+def render(devices: list[Device]) -> str:
+    """What stands between the README's markers."""
+    lines = [
+        "Each cell has this package's time, its speed-up over the official operations, timed in",
+        "turn with it, and for the attentions the share of the roofline: the least bytes and",
+        "products at the device's measured speed of copying and multiplying.",
+        "",
+    ]
+    for device in devices:
+        lines += [*tables(device), ""]
+    if any(row["void"] for device in devices for row in device.rows):
+        lines += [
+            "\\* void, a noisy moment: the official operations, timed twice, differed from",
+            "themselves by more than a tenth.",
+            "",
+        ]
+    if not any(device.is_gpu for device in devices):
+        lines.append("**Not measured yet:** any time on a GPU.")
+    return "\n".join(lines).rstrip()
+
+
+def insert(text: str, rendered: str) -> str:
+    """``text`` with what stands between its markers replaced.
+
+    Raises:
+        ValueError: it does not have each marker once, in this order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"README.md needs one {BEGIN} and one {END} after it")
+    return f"{before}{BEGIN}\n{rendered}\n{END}{after}"
+
+
+def file(paths: list[Path], results: Path = RESULTS) -> None:
+    """Copy runs to their devices' folders; none is copied where one is refused.
+
+    Raises:
+        ValueError: a file is no run of these benchmarks, or a trial.
+    """
+    runs = {path: read(path) for path in paths}
+    for path, run in runs.items():
+        folder = results / slug(run["machine_info"]["device"])
+        folder.mkdir(parents=True, exist_ok=True)
+        # what a machine calls itself says nothing about its figures
+        for name in ("node", "release"):
+            run["machine_info"].pop(name, None)
+        (folder / path.name).write_text(json.dumps(run, indent=1) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", nargs="*", type=Path, help="files of --benchmark-json to add")
+    try:
+        file(parser.parse_args().runs)
+        folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+        devices = [load(folder) for folder in folders]
+        for device in devices:
+            figures.draw(device.rows, device.folder, device.about["device"])
+        README.write_text(insert(README.read_text(), render(devices)))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""The same call gives the same bits, launch after launch, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import catkernels
+from catkernels.ops.device import best_device, interpreting
+from catkernels.testing import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
+
+DEVICE = best_device()
+SMALL = [
+    Shape("small", batch=2, height=14, width=7, channels=32, num_heads=1),
+    Shape("small-padded", batch=1, height=9, width=8, channels=32, num_heads=1),
+]
+LARGE = [
+    pytest.param(shape, id=str(shape), marks=pytest.mark.skipif(interpreting(), reason="no GPU"))
+    for shape in (*cat_stages("small", batch=32), cat_stages("small", (333, 500), batch=2)[0])
+]
+
+
+def ipsa(shape: Shape, dtype: torch.dtype):
+    """The function, its tensors and its options."""
+    inputs = make_ipsa_inputs(shape, dtype, DEVICE)
+    options = {"num_heads": shape.num_heads, "patch_size": shape.patch_size}
+    return catkernels.ipsa_attention, inputs, options
+
+
+def cpsa(shape: Shape, dtype: torch.dtype):
+    return catkernels.cpsa_attention, make_cpsa_inputs(shape, dtype, DEVICE), {"patch_size": 7}
+
+
+@pytest.mark.parametrize("make", [ipsa, cpsa])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SMALL, *LARGE], ids=str)
+def test_same_bits_launch_after_launch(make, shape, dtype, full):
+    attention, inputs, options = make(shape, dtype)
+    leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    if reasons := catkernels.unsupported_reasons(attention, **leaves, **options):
+        pytest.skip("; ".join(reasons))
+
+    def run() -> list[torch.Tensor]:
+        output = attention(**leaves, **options, backend="triton")
+        grad = torch.linspace(-1, 1, output.numel(), device=DEVICE, dtype=dtype).view_as(output)
+        grads = torch.autograd.grad(output, list(leaves.values()), grad, allow_unused=True)
+        # the bias of padded pixels is in no result where nothing is padded
+        return [output, *(grad for grad in grads if grad is not None)]
+
+    first = run()
+    for _ in range(1 if interpreting() else 1000 if full else 20):
+        again = run()
+        assert all(map(torch.equal, first, again))
