@@ -65,8 +65,11 @@ def draw(curves: dict[tuple[str, str], list[float]], where: str) -> Figure:
             top.plot(steps, curve, label=way, linewidth=width, color=color)
             if way != "official":
                 distance = [abs(a - b) for a, b in zip(curve, truth, strict=True)]
-                bottom.semilogy(steps, distance, linewidth=width, color=color)
+                bottom.plot(steps, distance, linewidth=width, color=color)
         top.legend(frameon=False)
+        # equal curves, at a distance of 0, show as well
+        bottom.set_yscale("symlog", linthresh=1e-7)
+        bottom.set_ylim(bottom=0)
         bottom.set_xlabel("step")
     panels[0, 0].set_ylabel("cross-entropy")
     panels[1, 0].set_ylabel("distance from official")
