@@ -69,10 +69,10 @@ def draw(curves: dict[tuple[str, str], list[float]], where: str) -> Figure:
         top.legend(frameon=False)
         # equal curves, at a distance of 0, show as well
         bottom.set_yscale("symlog", linthresh=1e-7)
-        bottom.set_ylim(bottom=0)
         bottom.set_xlabel("step")
     panels[0, 0].set_ylabel("cross-entropy")
     panels[1, 0].set_ylabel("distance from official")
+    panels[1, 0].set_ylim(bottom=0)
     return figure
 
 
