@@ -55,10 +55,10 @@ def run(*, checkpoint: Path | None, save: Path) -> None:
 def attention_weights(model: CAT, block: CATBlock, images: Tensor) -> Tensor:
     """The weights of one block's attention, for images (B, C, H, W); see `IPSA` and `CPSA`."""
     inputs = []
-    hook = block.attn.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
+    remember = block.attn.register_forward_pre_hook(lambda _, arguments: inputs.extend(arguments))
     with torch.inference_mode():
-        model(images)
-        hook.remove()
+        with remember:
+            model(images)
         _, weights = block.attn(*inputs, return_attention=True)
     return weights
 
@@ -79,7 +79,8 @@ def cpsa_map(weights: Tensor, query: Tensor, height: int, width: int) -> Tensor:
     The weights (B, C, P, P) of an H x W map of P patches -> (B, H, W), of mean 1.
     """
     patches = weights.shape[-1]
-    given = weights.mean(1)[torch.arange(len(query)), query] * patches  # (B, P)
+    images = torch.arange(len(query), device=query.device)
+    given = weights.mean(1)[images, query] * patches  # (B, P)
     side = isqrt(height * width // patches)
     pixels = given[..., None, None].expand(-1, -1, side**2, 1)
     return from_windows(pixels, side, height, width)[..., 0]
