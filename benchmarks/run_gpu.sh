@@ -7,6 +7,7 @@
 #   sanitize  compute-sanitizer on maps of few windows, where it is installed
 #   stress    1000 launches of each kernel, bit for bit the same
 #   ipsa cpsa model   the benchmarks
+#   convergence   300 steps of training by each backend, in fp32 and bf16, curves side by side
 #   tune      the candidates of the launch tables, and the rows to ship
 #   profile   metrics of the main kernels by ncu, where it is installed
 #
@@ -85,6 +86,12 @@ ipsa() { benchmarks ipsa; }
 cpsa() { benchmarks cpsa; }
 model() { benchmarks model; }
 
+convergence() {
+    local steps=300
+    ((${#trial[@]})) && steps=3
+    timed python3 -m benchmarks.convergence --steps "$steps" --save "$out/convergence.png"
+}
+
 tune() {
     timed "${interpreted[@]}" python3 -m benchmarks.tune "$out/tune.json" "${trial[@]}" \
         --time-limit "$benchmark_seconds"
@@ -98,7 +105,7 @@ profile() {
         benchmarks -k 'stages and stage1 and b256 and step and catkernels'
 }
 
-parts="check sanitize stress ipsa cpsa model tune profile"
+parts="check sanitize stress ipsa cpsa model convergence tune profile"
 if (($# == 0)); then
     # shellcheck disable=SC2086
     set -- $parts

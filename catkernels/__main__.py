@@ -1,4 +1,4 @@
-"""The command line: ``python -m catkernels info`` and ``python -m catkernels demo``."""
+"""The command line: ``python -m catkernels info``, ``demo`` and ``train``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 import catkernels
 from catkernels.cat import VARIANTS
+from catkernels.functional import BACKENDS
 from catkernels.ops import cpsa, ipsa
 from catkernels.ops.device import KERNEL_DEVICES, interpreting
 
@@ -27,26 +28,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m catkernels", description=catkernels.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,train}")
 
     info = commands.add_parser("info", help="versions, devices, and what would serve here and why")
     info.set_defaults(run=_info)
 
-    demo = commands.add_parser("demo", help="run a CAT on a photo, as it is and patched")
-    demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
-    demo.add_argument("--model", choices=VARIANTS, default="cat_small", help="default: %(default)s")
-    demo.add_argument("--size", type=_up_to(4096), default=224, help="its side; %(default)s")
-    demo.add_argument("--batch", type=_up_to(1024), default=8, help="copies of it; %(default)s")
-    demo.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights; random by default")
-    demo.add_argument(
-        "--save",
-        type=Path,
-        metavar="FILE.png",
-        default=Path("catkernels-demo.png"),
-        help="where the picture goes; %(default)s",
-    )
-    demo.set_defaults(run=_demo)
-
+    _add_demo(commands)
+    _add_train(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -58,10 +46,75 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _up_to(most: int) -> Callable[[str], int]:
+def _add_demo(commands) -> None:
+    demo = commands.add_parser("demo", help="run a CAT on a photo, or a trained one on digits")
+    demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
+    demo.add_argument(
+        "--model", choices=(*VARIANTS, "digits"), default="cat_small", help="default: %(default)s"
+    )
+    demo.add_argument("--size", type=_whole(1, 4096), help="side of the photo; 224")
+    demo.add_argument("--batch", type=_whole(1, 1024), help="copies of it; 8")
+    demo.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="weights; random, or the digits'"
+    )
+    demo.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE.png",
+        default=Path("catkernels-demo.png"),
+        help="where the picture goes; %(default)s",
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser("train", help="train a CAT classifier, on digits or your images")
+    train.add_argument(
+        "--data",
+        default="digits",
+        metavar="FOLDER",
+        help="a folder with a folder of images for each class; by default scikit-learn's digits",
+    )
+    train.add_argument(
+        "--model",
+        choices=("digits", *VARIANTS),
+        help="default: digits for the digits, cat_tiny for a folder",
+    )
+    train.add_argument(
+        "--size", type=_whole(1, 4096), help="side of the images; by default the model's"
+    )
+    train.add_argument(
+        "--epochs", type=_whole(1, 10**6), help="default: 40 for the digits, else 100"
+    )
+    train.add_argument("--batch-size", type=_whole(1, 2**20), help="images of a step; 64")
+    train.add_argument("--learning-rate", type=float, help="its peak for 512 images of a step")
+    train.add_argument("--drop-path", type=float, help="stochastic depth; by default the model's")
+    train.add_argument("--seed", type=_whole(0, 2**32), help="default: 0")
+    train.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: fp32")
+    train.add_argument("--backend", choices=BACKENDS, default="auto", help="default: %(default)s")
+    train.add_argument(
+        "--workers", type=_whole(0, 1024), help="processes that read images; up to 8"
+    )
+    train.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("catkernels-run"),
+        help="for the weights, metrics, curve and checkpoint; %(default)s",
+    )
+    train.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    train.add_argument(
+        "--strict", action="store_true", help="stop at an unreadable image, do not leave it out"
+    )
+    train.set_defaults(run=_train)
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {least} to {most}"
+            )
         return int(text)
 
     return parse
@@ -108,17 +161,39 @@ def _triton_version() -> str:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    # the demo's own needs, pillow and matplotlib, are no needs of the package
-    from catkernels.demo import run
+    save = options.save
+    if save.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
+    if not save.parent.is_dir():
+        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
+    # the demos' own needs, such as matplotlib, are no needs of the package
+    if options.model == "digits":
+        from catkernels import digits_demo
 
-    run(
-        model=options.model,
-        image=options.image,
-        size=options.size,
-        batch=options.batch,
-        checkpoint=options.checkpoint,
-        save=options.save,
-    )
+        if options.image or options.size or options.batch:
+            raise ValueError(
+                "--image, --size and --batch are of photos: leave them out, or give another --model"
+            )
+        digits_demo.run(checkpoint=options.checkpoint, save=save)
+    else:
+        from catkernels import demo
+
+        demo.run(
+            model=options.model,
+            image=options.image,
+            size=options.size or 224,
+            batch=options.batch or 8,
+            checkpoint=options.checkpoint,
+            save=save,
+        )
+
+
+def _train(options: argparse.Namespace) -> None:
+    # training's own needs, such as scikit-learn, are no needs of the package
+    from catkernels.training.command import run
+
+    arguments = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    run(**arguments)
 
 
 if __name__ == "__main__":

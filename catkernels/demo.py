@@ -17,19 +17,18 @@ from torch import Tensor
 from catkernels import official
 from catkernels.cat import VARIANTS
 from catkernels.checkpoint import load_checkpoint
+from catkernels.images import middle_square, normalised, read_photo
 from catkernels.ops.device import best_device
 from catkernels.patch import PatchReport, patch, unpatch
 
 try:
     import numpy as np
     import PIL.Image
-    import PIL.ImageOps
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'catkernels[demo]'") from error
 
 REPEATS = 7
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -56,10 +55,6 @@ def run(
         OSError: the picture cannot be written.
         ValueError: the image cannot be read, or the checkpoint is not of this model.
     """
-    if save.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
-    if not save.parent.is_dir():
-        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
     photo = _load_photo(image, size)
     device = best_device()
     torch.manual_seed(0)
@@ -67,7 +62,7 @@ def run(
     if checkpoint is not None:
         print(load_checkpoint(network, checkpoint))
     network = network.to(device).eval()
-    images = _normalised(photo).repeat(batch, 1, 1, 1).to(device)
+    images = normalised(photo).repeat(batch, 1, 1, 1).to(device)
 
     before, after, report = _compare(network, images)
     weights = "random weights" if checkpoint is None else checkpoint.name
@@ -79,35 +74,11 @@ def run(
 
 def _load_photo(path: Path | None, size: int) -> PIL.Image.Image:
     """A photo, its middle square scaled to ``size`` x ``size``."""
-    if path is None:
-        from sklearn.datasets import load_sample_image
+    if path is not None:
+        return read_photo(path, size)
+    from sklearn.datasets import load_sample_image
 
-        photo = PIL.Image.fromarray(load_sample_image("china.jpg"))
-    else:
-        try:
-            with PIL.Image.open(path) as opened:
-                photo = _in_8_bits(PIL.ImageOps.exif_transpose(opened)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from error
-    side = min(photo.size)
-    left, top = (photo.width - side) // 2, (photo.height - side) // 2
-    return photo.resize((size, size), box=(left, top, left + side, top + side))
-
-
-def _in_8_bits(photo: PIL.Image.Image) -> PIL.Image.Image:
-    """Deeper pixels, which Pillow would clip, scaled from their range to 0 .. 255."""
-    if not photo.mode.startswith(("I", "F")):
-        return photo
-    pixels = np.asarray(photo, dtype=np.float64)
-    low, high = pixels.min(), pixels.max()
-    return PIL.Image.fromarray(np.uint8(255 * (pixels - low) / max(high - low, 1e-9)))
-
-
-def _normalised(photo: PIL.Image.Image) -> Tensor:
-    """(1, 3, H, W), with the mean and deviation that ImageNet models are trained with."""
-    pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels - mean) / std)[None]
+    return middle_square(PIL.Image.fromarray(load_sample_image("china.jpg")), size)
 
 
 def _compare(network: official.CAT, images: Tensor) -> tuple[Run, Run, PatchReport]:

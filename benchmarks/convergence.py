@@ -1,0 +1,119 @@
+"""The digits model, trained with the official operations, the reference and the kernels, compared.
+
+    python -m benchmarks.convergence --save convergence.png
+
+trains it each way from the same weights on the same batches, in float32 and in bfloat16, draws the
+losses side by side, and writes them as ``convergence.csv`` beside the picture. Where the kernels
+cannot run it says why and compares the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import catkernels
+from catkernels import official
+from catkernels.digits import DIGITS
+from catkernels.ops.device import best_device, device_reasons
+from catkernels.training.command import DIGITS_RECIPE
+from catkernels.training.data import digits_data
+from catkernels.training.trainer import Trainer
+
+WAYS = {
+    "official": lambda: official.CAT(**DIGITS),
+    "reference": lambda: catkernels.CAT(**DIGITS, backend="reference"),
+    "kernels": lambda: catkernels.CAT(**DIGITS, backend="triton"),
+}
+PRECISIONS = ("fp32", "bf16")
+# the later ones thinner, so that equal curves all show
+LINES = {"official": ("C7", 4), "reference": ("C0", 2), "kernels": ("C1", 1)}
+
+
+def losses(way: str, precision: str, steps: int) -> list[float]:
+    """The training loss of each step."""
+    data = digits_data()
+    epochs = -(-steps // (len(data.train) // DIGITS_RECIPE.batch_size))
+    torch.manual_seed(0)
+    recipe = replace(DIGITS_RECIPE, epochs=epochs, precision=precision)
+    trainer = Trainer(WAYS[way](), data, recipe)
+    for _ in trainer.run():
+        if trainer.step == steps:
+            break
+    return trainer.losses[:steps].tolist()
+
+
+def draw(curves: dict[tuple[str, str], list[float]], where: str) -> Figure:
+    """A panel for each precision: the losses of each way, and the distance from the official's."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure.suptitle(f"training loss of the digits model, {where}")
+    panels = figure.subplots(2, len(PRECISIONS), sharex=True, sharey="row", height_ratios=(2, 1))
+    for (top, bottom), precision in zip(panels.T, PRECISIONS, strict=True):
+        top.set_title(precision)
+        truth = curves["official", precision]
+        for way, (color, width) in LINES.items():
+            curve = curves.get((way, precision))
+            if curve is None:
+                continue
+            steps = range(1, len(curve) + 1)
+            top.plot(steps, curve, label=way, linewidth=width, color=color)
+            if way != "official":
+                distance = [abs(a - b) for a, b in zip(curve, truth, strict=True)]
+                bottom.plot(steps, distance, linewidth=width, color=color)
+        top.legend(frameon=False)
+        # equal curves, at a distance of 0, show as well
+        bottom.set_yscale("symlog", linthresh=1e-7)
+        bottom.set_xlabel("step")
+    panels[0, 0].set_ylabel("cross-entropy")
+    panels[1, 0].set_ylabel("distance from official")
+    panels[1, 0].set_ylim(bottom=0)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--save", type=Path, default=Path("convergence.png"), metavar="FILE.png")
+    options = parser.parse_args()
+
+    device = best_device()
+    ways = list(WAYS)
+    if reasons := device_reasons(device):
+        print(f"without the kernels: {'; '.join(reasons)}")
+        ways.remove("kernels")
+    curves = {}
+    for precision in PRECISIONS:
+        for way in ways:
+            curve = losses(way, precision, options.steps)
+            curves[way, precision] = curve
+            differences = (a - b for a, b in zip(curve, curves["official", precision], strict=True))
+            print(
+                f"{precision} {way:9}  loss of the last step {curve[-1]:.6f}, "
+                f"at most {max(map(abs, differences)):.1e} from the official",
+                flush=True,
+            )
+
+    with options.save.with_suffix(".csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["step", *(f"{way} {precision}" for way, precision in curves)])
+        table.writerows(
+            [step, *values] for step, values in enumerate(zip(*curves.values(), strict=True), 1)
+        )
+    draw(curves, f"{_name(device)}, torch {torch.__version__}").savefig(options.save, dpi=120)
+    print(f"written: {options.save}")
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.machine()} CPU"
+    return torch.get_device_module(device).get_device_properties(device).name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The processes that train one model together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from catkernels.ops.device import best_device
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process among those that train; by default the only one.
+
+    Attributes:
+        rank: this process, 0 .. count - 1.
+        count: how many they are.
+        device: where this one computes.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=best_device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of the processes' ``values``."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_first(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns in the first process, which alone does it."""
+        results = [work() if self.is_first else None]
+        if self.count > 1:
+            dist.broadcast_object_list(results)
+        return results[0]
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` started; without it, this one works alone.
+
+    Raises:
+        ValueError: the machine has too few devices for them.
+    """
+    if not dist.is_torchelastic_launched():
+        yield Processes()
+        return
+    device = best_device()
+    if device.type != "cpu":
+        devices = torch.get_device_module(device)
+        index, count = dist.get_node_local_rank(), devices.device_count()
+        if index >= count:
+            raise ValueError(
+                f"torchrun started more than {count} processes on a machine with {count} "
+                f"{device.type} devices: start at most one for each"
+            )
+        device = torch.device(device.type, index)
+        devices.set_device(device)
+    dist.init_process_group()
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""The official order of operations, the reference and the kernels learn the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_training import tiny_data, tiny_model, trained
+
+import catkernels
+from catkernels import official
+from catkernels.ops.device import device_reasons
+from catkernels.testing import assert_within_error_budget
+from catkernels.training.processes import Processes
+from catkernels.training.recipe import Recipe
+from catkernels.training.trainer import Trainer
+
+PROCESSES = Processes()
+# 16 channels a head are the fewest that the kernels take
+MODEL = {"embed_dim": 16, "num_heads": (1, 2), "drop_path_rate": 0.1}
+
+
+def learn(model: catkernels.CAT, steps: int) -> dict[str, torch.Tensor]:
+    """The loss of each step, and all the weights after the last, one after the other."""
+    recipe = Recipe(epochs=1, batch_size=2, learning_rate=2.0)
+    trainer = Trainer(model, tiny_data(train=2 * steps, test=1), recipe, PROCESSES)
+    for group in trainer.optimizer.param_groups:
+        # AdamW divides a gradient by its size: with its usual eps, weights that the output does not
+        # depend on, such as the bias of a key, would go whole steps with the rounding errors
+        group["eps"] = 1e-4
+    trained(trainer)
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return {"losses": trainer.losses, "weights": weights}
+
+
+@pytest.fixture(scope="module")
+def steps(request) -> int:
+    return 50 if request.config.getoption("--full") else 6
+
+
+@pytest.fixture(scope="module")
+def expected(steps) -> dict[torch.dtype, dict[str, torch.Tensor]]:
+    """What the official order of operations learns."""
+    return {
+        dtype: learn(tiny_model(official.CAT, **MODEL).to(dtype), steps)
+        for dtype in (torch.float32, torch.float64)
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_each_backend_learns_what_the_official_operations_learn(backend, steps, expected):
+    if backend == "triton" and (reasons := device_reasons(PROCESSES.device)):
+        pytest.skip("; ".join(reasons))
+    actual = learn(tiny_model(backend=backend, **MODEL), steps)
+    for name, truth in expected[torch.float64].items():
+        assert_within_error_budget(actual[name], expected[torch.float32][name], truth, name)
+
+
+@pytest.mark.full
+def test_they_do_learn(steps, expected):
+    losses = expected[torch.float64]["losses"]
+    assert losses[-10:].mean() < 0.75 * losses[:10].mean()

@@ -1,0 +1,77 @@
+"""A training run that takes a second: its model, its data, its photos, and torchrun for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from fresh_process import ROOT
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+import catkernels
+from catkernels.training.data import Augmentation, ImageData
+from catkernels.training.recipe import Recipe
+from catkernels.training.trainer import Trainer
+
+RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.5)
+
+
+def tiny_model(kind: type[catkernels.CAT] = catkernels.CAT, **options) -> catkernels.CAT:
+    """A CAT of two stages for images (B, 1, 8, 8) of three classes, always of the same weights."""
+    torch.manual_seed(1)
+    sizes = {"img_size": 8, "patch_emb_size": 1, "in_chans": 1, "num_classes": 3, "patch_size": 4}
+    stages = {"embed_dim": 4, "depths": (1, 1), "num_heads": (1, 2), "ape": True}
+    return kind(**(sizes | stages | options))
+
+
+def tiny_data(train: int = 36, test: int = 9) -> ImageData:
+    """Three classes that differ in which third of the image is bright."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(train + test) % 3
+    images = torch.randn(train + test, 1, 8, 8, generator=generator)
+    for image, label in zip(images, labels, strict=True):
+        image[0, 3 * label : 3 * label + 2] += 3
+    parts = (slice(train), slice(train, None))
+    datasets = (TensorDataset(images[part], labels[part]) for part in parts)
+    return ImageData(*datasets, ("top", "middle", "bottom"), Augmentation(10, 0.1, 0.1, True))
+
+
+def trained(trainer: Trainer, until_step: int | None = None) -> dict[str, torch.Tensor]:
+    """The weights after so many steps, by default all."""
+    for _ in trainer.run():
+        if trainer.step == until_step:
+            break
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def write_photos(folder: Path, count: int = 10, classes: tuple[str, ...] = ("dark", "light")):
+    """Images of noise, lighter from class to class, in a folder for each class."""
+    generator = np.random.default_rng(0)
+    for index, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for image in range(count):
+            pixels = generator.integers(0, 80, (12, 16, 3)) + 150 * index
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{image}.png")
+    return folder
+
+
+def torchrun(processes: int, *arguments: str) -> str:
+    """What a program prints that ``torchrun`` starts in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = subprocess.run(
+        [*command, f"--nproc-per-node={processes}", *arguments],
+        capture_output=True,
+        text=True,
+        # on CPUs, since there may be fewer GPUs than processes
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
