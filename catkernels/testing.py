@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -113,3 +115,26 @@ def assert_within_error_budget(
             f"{name}: {kind} error {error:.3e} is over the budget of {budget:.3e} "
             f"(eager {eager:.3e}, magnitude {norm(float64):.3e})"
         )
+
+
+def assert_draws_within_error_budget(
+    draws: Iterable[dict[str, tuple[Tensor, Tensor, Tensor]]], label: str
+) -> None:
+    """Judge several draws of the same results together, each in units of its largest true value.
+
+    In one small tensor the largest error of plain PyTorch is now and then tiny by luck.
+
+    Args:
+        draws: for each draw, by name, what `assert_within_error_budget` takes.
+        label: what the draws are called in the failure's message.
+    """
+    pools = defaultdict(lambda: ([], [], []))
+    for draw in draws:
+        for name, results in draw.items():
+            # a power of two: exact in every dtype
+            unit = 2.0 ** results[2].abs().max().clamp_min(1e-30).log2().floor().item()
+            for pool, result in zip(pools[name], results, strict=True):
+                pool.append(result.flatten() / unit)
+    assert pools, f"{label}: nothing was drawn"
+    for name, pool in pools.items():
+        assert_within_error_budget(*map(torch.cat, pool), f"{label}: {name}")
