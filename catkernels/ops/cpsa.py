@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.device import device_reasons, interpreting
+from catkernels.ops.device import allows_tf32, device_reasons, interpreting
 from catkernels.ops.operator import call_once_differentiable, define_operator
 from catkernels.reference import fold_weights
 
@@ -34,7 +34,7 @@ def unsupported_reasons(
     if patch_size > MAX_PATCH_SIZE:
         reasons.append(f"the kernels take patch sizes up to {MAX_PATCH_SIZE}, not {patch_size}")
     # exact products have matrix instructions on AMD only, elsewhere their terms spill
-    exact = torch.version.hip is None and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    exact = torch.version.hip is None and not allows_tf32()
     if needs_grad and dtype == torch.float32 and num_patches > 1 and exact and not interpreting():
         reasons.append(
             f"the backward pass of {num_patches} patches in float32 needs TF32 products: exact ones"
