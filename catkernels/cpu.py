@@ -132,10 +132,12 @@ def _channels_first(windows: Tensor) -> Tensor:
 
 def layer_in_slices(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``layer(x)`` for an IPSA layer that keeps the shape of a map, in slices where x is large."""
-    channels_of_qkv = 3 * x.shape[-1]
-    if x.numel() * 3 * x.element_size() <= LARGE_BYTES:
+    if 3 * x.numel() * x.element_size() <= LARGE_BYTES:
         return layer(x)
-    return torch.cat([layer(x[images]) for images in _slices(x, channels_of_qkv)])
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for images in _slices(x, channels_of_qkv=3 * x.shape[-1]):
+        output[images] = layer(x[images])
+    return output
 
 
 def _relative_position_bias(bias_table: Tensor, patch_size: int) -> Tensor:

@@ -188,8 +188,8 @@ def _print_comparison(title: str, report: PatchReport, before: Run, after: Run) 
     print(f"{'total':51}{was:10.2f}{now:9.2f}{was / now:8.2f}x")
     if before.peak_mib is not None and after.peak_mib is not None:
         print(f"peak memory of a pass: {before.peak_mib:.0f} MiB, {after.peak_mib:.0f} patched")
-    for reason in sorted({f"{b.kind}: {b.reason}" for b in report.blocks if b.reason}):
-        print(f"why not Triton, {reason}")
+    for reason in sorted({block.reason for block in report.blocks if block.reason}):
+        print(f"why not Triton: {reason}")
     for note in report.notes:
         print(f"note: {note}")
 

@@ -35,8 +35,9 @@ class BlockReport:
         action: "swapped", "already served" or "left alone".
         kind: "ipsa", "cpsa" or "?".
         shape: the map where it is known, the channels, N and the heads.
-        backend: what would serve the block where its parameters are now: "triton", "reference",
-            "own" for code of the model's own, or "raises" where "triton" was asked for in vain.
+        backend: what would serve the block where its parameters are and in its mode now: "triton",
+            "reference", "own" for code of the model's own, or "raises" where "triton" was asked for
+            in vain.
         reason: why it is not the kernels, or why the block was left alone.
     """
 
@@ -211,7 +212,8 @@ def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
 
     # a quantised layer may have no parameters at all
     weight = next(attn.qkv.parameters(), torch.empty(0))
-    where = {"device": weight.device, "dtype": weight.dtype}
+    trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
+    where = {"device": weight.device, "dtype": weight.dtype, "needs_grad": trains}
     side = patch_side(block.patch_size)
     if block.attn_type == "ipsa":
         channels = getattr(attn.qkv, "in_features", None) or getattr(attn, "dim", 0)

@@ -184,8 +184,11 @@ def test_random_shapes(dtype, full):
         inputs = make_inputs(shape, dtype, seed=generator.randint(0, 2**31))
         return compared(inputs, dtype, patch_size=patch_size)
 
-    for _ in range(100 if full else 1):
-        assert_draws_within_error_budget([draw() for _ in range(5)], "random shapes")
+    # many at a time: a gradient of few weights may be exact by luck in plain PyTorch
+    for _ in range(25 if full else 1):
+        assert_draws_within_error_budget(
+            [draw() for _ in range(20 if full else 5)], "random shapes"
+        )
 
 
 @pytest.mark.parametrize("weight_std", [1e-3, 3e-2, 1.0, 3.0])
