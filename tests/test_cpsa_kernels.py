@@ -6,34 +6,34 @@ import random
 
 import pytest
 import torch
+from cpsa_cases import (
+    BF16,
+    DEVICE,
+    FP16,
+    FP32,
+    NAMES,
+    assert_right,
+    compared,
+    kernels,
+    make_grad,
+    make_inputs,
+    make_shape,
+    with_gradients,
+)
 from interpreter import kept
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from catkernels import reference
-from catkernels.ops import cpsa
 from catkernels.testing import (
-    Shape,
     assert_draws_within_error_budget,
     assert_within_error_budget,
-    make_cpsa_inputs,
 )
 
 pytest.importorskip("triton")
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
-NAMES = ("out", "x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
-
-
-DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def make_shape(height: int, width: int, channels: int, patch_size: int = 7, batch: int = 1):
-    name = f"b{batch}-{height}x{width}-c{channels}-n{patch_size}"
-    return Shape(name, batch, height, width, channels, num_heads=1, patch_size=patch_size)
 
 
 # P = 1, 2, 3, 4, 6, 9, 12, 16, 25, 49, 56, 64, 90, 100
@@ -72,62 +72,11 @@ ODD_SHAPES = [
 ]
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, **options) -> dict[str, Tensor]:
-    return make_cpsa_inputs(shape, dtype, DEVICE, **options)
-
-
-def make_grad(inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.randn(inputs["x"].shape, device=DEVICE).to(dtype)
-
-
 @pytest.fixture(params=["sm_80", "sm_90", "gfx9"])
 def architecture(request, monkeypatch) -> str:
     """Kernels are launched here as on this architecture."""
     monkeypatch.setattr("catkernels.kernels.cpsa_launch.architecture", lambda _: request.param)
     return request.param
-
-
-def with_gradients(attention, inputs: dict[str, Tensor], grad: Tensor, dtype, **options):
-    """The output and the five gradients of ``attention`` with its inputs as ``dtype``."""
-    leaves = {
-        name: None if t is None else t.detach().to(dtype).requires_grad_()
-        for name, t in inputs.items()
-    }
-    out = attention(**leaves, **options)
-    used = [t for t in leaves.values() if t is not None]
-    grads = iter(torch.autograd.grad(out, used, grad.to(out.dtype), materialize_grads=True))
-    return [out, *(None if t is None else next(grads) for t in leaves.values())]
-
-
-def kernels(*, dtype: torch.dtype):
-    """`cpsa_attention` by the kernels, computing in ``dtype``."""
-
-    def attention(*, patch_size: int, scale: float | None = None, dropout_p: float = 0.0, **leaves):
-        scale = 1 / patch_size if scale is None else scale
-        options = {"patch_size": patch_size, "scale": scale, "dropout_p": dropout_p}
-        return cpsa.cpsa_attention(**leaves, **options, dtype=dtype)
-
-    return attention
-
-
-def assert_right(inputs: dict[str, Tensor], dtype: torch.dtype, *, grad=None, **options) -> None:
-    """Assert that the kernels' output and gradients are within the error budget."""
-    for name, results in compared(inputs, dtype, grad=grad, **options).items():
-        assert_within_error_budget(*results, name)
-
-
-def compared(
-    inputs: dict[str, Tensor], dtype: torch.dtype, *, grad=None, **options
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Output and gradients by the kernels, by plain PyTorch in ``dtype``, and in float64."""
-    if grad is None:
-        grad = make_grad(inputs, dtype)
-    actual = with_gradients(kernels(dtype=dtype), inputs, grad, dtype, **options)
-    same_dtype = with_gradients(reference.cpsa_attention, inputs, grad, dtype, **options)
-    float64 = with_gradients(reference.cpsa_attention, inputs, grad, torch.float64, **options)
-    assert all(result is None or result.dtype == dtype for result in actual)
-    everything = zip(NAMES, actual, same_dtype, float64, strict=True)
-    return {name: tuple(results) for name, *results in everything if results[0] is not None}
 
 
 def every_number_of_patches():
@@ -178,13 +127,13 @@ def test_random_shapes(dtype, full):
     generator = random.Random(str(dtype))
 
     def draw() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        patch_size = generator.randint(1, 8)
+        # of N = 1 there are 4 weights, whose gradients may cancel to nothing but rounding
+        patch_size = generator.randint(2, 8)
         height, width = (generator.randint(1, 9 * patch_size) for _ in range(2))
         shape = make_shape(height, width, generator.randint(1, 9), patch_size)
         inputs = make_inputs(shape, dtype, seed=generator.randint(0, 2**31))
         return compared(inputs, dtype, patch_size=patch_size)
 
-    # many at a time: a gradient of few weights may be exact by luck in plain PyTorch
     for _ in range(25 if full else 1):
         assert_draws_within_error_budget(
             [draw() for _ in range(20 if full else 5)], "random shapes"
@@ -342,125 +291,3 @@ def test_dropout_draws_anew_and_follows_the_generator():
     torch.manual_seed(1)
     assert torch.equal(run(), first)
     assert not torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [make_shape(14, 14, 5), make_shape(35, 35, 2), make_shape(63, 70, 1)],
-    ids=lambda s: f"P{s.num_patches}",
-)
-@pytest.mark.parametrize("wanted", ["x", "proj_weight"])
-def test_only_the_gradients_asked_for(shape, wanted):
-    inputs = make_inputs(shape, FP16)
-    grad = make_grad(inputs, FP16)
-    everything = with_gradients(kernels(dtype=FP16), inputs, grad, FP16, patch_size=7)
-    inputs[wanted].requires_grad_()
-    out = kernels(dtype=FP16)(**inputs, patch_size=7)
-    (actual,) = torch.autograd.grad(out, inputs[wanted], grad)
-    assert torch.equal(actual, everything[NAMES.index(wanted)])
-
-
-@pytest.mark.parametrize("only", [None, "x"])
-def test_second_derivatives_raise(only):
-    inputs = make_inputs(make_shape(7, 14, 2), FP32)
-    for name, tensor in inputs.items():
-        tensor.requires_grad_(only in (None, name))
-    out = kernels(dtype=FP32)(**inputs, patch_size=7)
-    # as in a gradient penalty: the incoming gradient is a constant
-    (dx,) = torch.autograd.grad(out.sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match='backend="reference"'):
-        dx.square().sum().backward()
-
-
-def test_function_transforms():
-    inputs = make_inputs(make_shape(7, 14, 2), FP32)
-    x = inputs.pop("x")
-
-    def loss(x):
-        return kernels(dtype=FP32)(x=x, **inputs, patch_size=7).square().sum()
-
-    leaf = x.clone().requires_grad_()
-    loss(leaf).backward()
-    assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
-    with torch.no_grad():
-        assert torch.equal(torch.func.vmap(loss)(x[None]), loss(x)[None])
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(torch.func.grad(loss))(x[None])
-
-
-@pytest.mark.parametrize("patches", [1, 2])
-def test_operators_are_well_formed(patches):
-    inputs = make_inputs(make_shape(2, 2 * patches, 3, patch_size=2), FP16)
-    folded = reference.fold_weights(
-        inputs["qkv_weight"], inputs["qkv_bias"], inputs["proj_weight"], 1 / 2
-    )
-    bias, seed = inputs["proj_bias"].float(), torch.tensor([1], device=DEVICE)
-    x, grad = inputs["x"], make_grad(inputs, FP16)
-    operators = torch.ops.catkernels
-    for dropout in ((None, 2, 0.0), (seed, 2, 0.5)):
-        torch.library.opcheck(operators.cpsa_forward.default, (x, folded, bias, *dropout, FP16))
-    for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(operators.cpsa_backward.default, (grad, x, folded, *dropout, *needs))
-
-
-def test_compiles_to_one_graph_for_all_batch_sizes():
-    attention = kernels(dtype=FP16)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-
-    def check(batch: int) -> None:
-        inputs = make_inputs(make_shape(6, 6, 3, patch_size=3, batch=batch), FP16)
-        grad = make_grad(inputs, FP16)
-        expected = with_gradients(attention, inputs, grad, FP16, patch_size=3)
-        actual = with_gradients(compiled, inputs, grad, FP16, patch_size=3)
-        for name, a, b in zip(NAMES, actual, expected, strict=True):
-            torch.testing.assert_close(a, b, msg=name)
-
-    check(batch=2)
-    check(batch=3)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        check(batch=5)
-
-
-def test_exports():
-    inputs = make_inputs(make_shape(6, 6, 3, patch_size=3), FP16)
-
-    class Layer(torch.nn.Module):
-        def forward(self, **leaves):
-            return kernels(dtype=FP16)(**leaves, patch_size=3)
-
-    exported = torch.export.export(Layer(), (), inputs)
-    with torch.no_grad():
-        expected = Layer()(**inputs)
-        assert torch.equal(exported.module()(**inputs), expected)
-
-
-@pytest.mark.parametrize(("side", "forward", "backward"), [(7, 1, 2), (14, 2, 5)])
-def test_flops_are_counted(side, forward, backward):
-    inputs = make_inputs(make_shape(side, side, 3, batch=2), FP32)
-    patches, sequences, pixels = (side // 7) ** 2, 6, 49
-    x = inputs.pop("x").requires_grad_()
-    with FlopCounterMode(display=False) as counter:
-        kernels(dtype=FP32)(x=x, **inputs, patch_size=7).sum().backward()
-    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    by_matrix = 2 * sequences * patches * pixels**2
-    by_tokens = 2 * sequences * patches**2 * pixels if patches > 1 else 0
-    assert counts["catkernels.cpsa_forward"] == forward * by_matrix + 2 * by_tokens
-    assert counts["catkernels.cpsa_backward"] == backward * by_matrix + 6 * by_tokens
-
-
-def test_unsupported_reasons_name_each_reason(monkeypatch):
-    def reasons(**changes):
-        call = {"device": DEVICE, "dtype": FP16, "patch_size": 7, "num_patches": 4}
-        return cpsa.unsupported_reasons(**call | changes)
-
-    assert reasons() == []
-    kernels(dtype=FP16)(**make_inputs(make_shape(14, 14, 1), FP16), patch_size=7)
-    assert "float64" in reasons(dtype=torch.float64)[0]
-    assert "patch sizes up to 8, not 9" in reasons(patch_size=9)[0]
-    assert len(reasons(device=torch.device("meta"), dtype=torch.float64, patch_size=9)) == 3
-
-    # exact float32 products are only too large for a GPU
-    monkeypatch.setattr(cpsa, "interpreting", lambda: False)
-    monkeypatch.setattr(cpsa, "device_reasons", lambda device: [])
-    assert "TF32" in reasons(dtype=FP32)[0]
-    assert reasons(dtype=FP32, num_patches=1) == reasons(dtype=FP32, needs_grad=False) == []

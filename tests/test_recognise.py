@@ -1,0 +1,166 @@
+"""Which blocks are recognised as CAT's, which are left alone, and what a report notes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from patch_cases import build, run
+from torch import nn
+
+from catkernels import official
+from catkernels.patch import patch
+
+
+class Renamed(official.CATBlock):
+    """A downstream copy, with another name for everything that may have one."""
+
+    def forward(self, tokens):
+        return super().forward(tokens)
+
+
+def test_a_downstream_copy_is_recognised_by_its_structure():
+    model, images = build()
+    model.eval()
+    for module in model.modules():
+        if type(module) is official.CATBlock:
+            module.__class__ = Renamed
+    expected = run(model, images)
+    assert len(patch(model).swapped) == 6
+    torch.testing.assert_close(run(model, images), expected)
+
+
+class WithContext(official.CATBlock):
+    def forward(self, x, context=0.0):
+        return super().forward(x) + context
+
+
+class WithSize(official.CATBlock):
+    def forward(self, x, *, size):
+        return super().forward(x)
+
+
+class AlwaysInEvaluation(official.CATBlock):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def spoil(block: nn.Module, how: str) -> None:
+    """Make a block one that ours must not replace."""
+    attn = block.attn
+    match how:
+        case "layer scale":
+            block.gamma = nn.Parameter(torch.ones(1))
+        case "extra child":
+            block.conv = nn.Identity()
+        case "logit scale":
+            attn.logit_scale = nn.Parameter(torch.ones(1))
+        case "shifted":
+            block.shift_size = 3
+        case "other attention":
+            block.attn_type = "global"
+        case "context":
+            block.__class__ = WithContext
+        case "keyword":
+            block.__class__ = WithSize
+        case "own train":
+            block.__class__ = AlwaysInEvaluation
+        case "drop path is a number":
+            del block.drop_path
+            block.drop_path = 0.0
+        case "no norm":
+            block.norm1 = None
+        case "proj drop is a number":
+            del attn.proj_drop
+            attn.proj_drop = 0.0
+        case "instance forward":
+            block.forward = block.forward
+        case "learned scale":
+            del attn.scale
+            attn.scale = torch.ones(())
+        case "no drop path":
+            del block.drop_path
+        case "softmax":
+            attn.softmax = nn.Softmax(dim=-2)
+        case "own dropout":
+            attn.attn_drop = nn.AlphaDropout()
+        case "bias order":
+            attn.relative_position_index.copy_(attn.relative_position_index.T.clone())
+        case "oblong":
+            block.patch_size = (7, 8)
+        case "compiled":
+            block.compile(backend="eager")
+
+
+SPOILT = {
+    "layer scale": "unknown here: gamma",
+    "extra child": "unknown here: conv",
+    "logit scale": "unknown here: logit_scale",
+    "shifted": "shifts its windows by 3",
+    "other attention": "attn_type is 'global'",
+    "context": r"takes \(self, x, context\)",
+    "keyword": r"takes \(self, x, size\)",
+    "own train": "its class has a train of its own",
+    "drop path is a number": "has no drop_path",
+    "no norm": "has no norm1",
+    "proj drop is a number": "has no proj_drop",
+    "instance forward": "replaced on the instance",
+    "learned scale": "scale is a Tensor",
+    "no drop path": "has no drop_path",
+    "softmax": r"softmax is Softmax\(dim=-2\)",
+    "own dropout": "attn_drop is a AlphaDropout",
+    "bias order": "orders the bias table in another way",
+    "oblong": r"patch_size is \(7, 8\)",
+    "compiled": "compiled by itself",
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_is_left_alone_and_why(how):
+    model, _ = build()
+    block = model.layers[0].pre_ipsa_blocks[0]
+    spoil(block, how)
+    report = patch(model)
+    assert report.left_alone == ["layers.0.pre_ipsa_blocks.0"]
+    assert len(report.swapped) == 5
+    assert model.layers[0].pre_ipsa_blocks[0] is block
+    (left,) = (b for b in report.blocks if b.action == "left alone")
+    with pytest.raises(AssertionError, match=SPOILT[how]):
+        raise AssertionError(left.reason)
+
+
+class Negated(official.CATLayer):
+    def run(self, block, tokens):
+        if not self.use_checkpoint:
+            return block(tokens)
+        else:
+            return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+
+
+class ReturnsEarly(official.CATLayer):
+    def run(self, block, tokens):
+        if not self.use_checkpoint:
+            return block(tokens)
+        return torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+
+
+class SavesToo(official.CATLayer):
+    def save(self, manager, path):
+        manager.checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("layer", "noted"),
+    [
+        (official.CATLayer, False),
+        (Negated, False),
+        (ReturnsEarly, False),
+        (SavesToo, False),
+        (official.AlwaysCheckpointedLayer, True),
+    ],
+)
+def test_the_report_notes_a_model_that_always_checkpoints(layer, noted):
+    model, _ = build()
+    for module in model.layers:
+        module.__class__ = layer
+    notes = "\n".join(patch(model).notes)
+    assert ("recomputes every block in training" in notes) == noted
