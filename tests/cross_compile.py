@@ -29,6 +29,9 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
 
+# What of `Resources` the recorded tables hold.
+COLUMNS = ("registers", "stack_bytes", "spills", "shared_bytes", "instructions", "matrix_products")
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -87,6 +90,15 @@ def compiling_for(target: str) -> Iterator[list[Resources]]:
         JITFunction.run = run
         architecture.cache_clear()
         triton.runtime.driver._active = previous
+
+
+def table(results: dict[object, list[dict]]) -> Iterator[list[str]]:
+    """The rows of a recorded table: what each kernel of each configuration needs."""
+    yield ["configuration", "kernel", *COLUMNS]
+    for configuration, kernels in results.items():
+        for kernel in kernels:
+            _, name = kernel["kernel"].removesuffix("_kernel").split("_", 1)
+            yield [str(configuration), name, *(str(kernel[column]) for column in COLUMNS)]
 
 
 def in_subprocess(script: str, *arguments: str) -> dict:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cross_compile import TARGETS, compiling_for, in_subprocess
+from cross_compile import TARGETS, compiling_for, in_subprocess, table
 
-COLUMNS = ("registers", "stack_bytes", "spills", "shared_bytes", "instructions", "matrix_products")
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
@@ -178,14 +177,6 @@ def test_bars_of_everything_shipped():
     recorded = table_path(triton.__version__)
     if recorded.exists():
         assert list(csv.reader(recorded.open())) == list(table(results))
-
-
-def table(results: dict[Configuration, list[dict]]) -> Iterator[list[str]]:
-    yield ["configuration", "kernel", *COLUMNS]
-    for configuration, kernels in results.items():
-        for kernel in kernels:
-            name = kernel["kernel"].removeprefix("cpsa_").removesuffix("_kernel")
-            yield [str(configuration), name, *(str(kernel[column]) for column in COLUMNS)]
 
 
 def table_path(triton_version: str) -> Path:

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cross_compile import TARGETS, compiling_for, in_subprocess
+from cross_compile import TARGETS, compiling_for, in_subprocess, table
 
 TABLE = Path(__file__).parent / "data" / f"ipsa_resources_triton_{version('triton')}.csv"
-COLUMNS = ("registers", "stack_bytes", "spills", "shared_bytes", "instructions", "matrix_products")
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
@@ -164,14 +163,6 @@ def test_bars_of_everything_shipped():
         check(configuration, kernels)
     if TABLE.exists():
         assert list(csv.reader(TABLE.open())) == list(table(results))
-
-
-def table(results: dict[Configuration, list[dict]]) -> Iterator[list[str]]:
-    yield ["configuration", "kernel", *COLUMNS]
-    for configuration, kernels in results.items():
-        for kernel in kernels:
-            name = kernel["kernel"].removeprefix("ipsa_").removesuffix("_kernel")
-            yield [str(configuration), name, *(str(kernel[column]) for column in COLUMNS)]
 
 
 if __name__ == "__main__":
