@@ -1,4 +1,4 @@
-"""Run a piece of code in a Python of its own."""
+"""Run a piece of code in a Python of its own, or in several."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def run_python(code: str, *arguments: str, interpret: bool = False) -> str:
         capture_output=True,
         text=True,
         env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def torchrun(processes: int, *arguments: str) -> str:
+    """What a program prints that ``torchrun`` starts in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = subprocess.run(
+        [*command, f"--nproc-per-node={processes}", *arguments],
+        capture_output=True,
+        text=True,
+        # on CPUs, since there may be fewer GPUs than processes
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
         check=False,
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from fresh_process import ROOT, run_python
-from tiny_training import torchrun, write_photos
+from fresh_process import ROOT, run_python, torchrun
+from tiny_training import write_photos
 
 from catkernels.__main__ import main
 from catkernels.training import run_folder
@@ -160,6 +160,33 @@ def test_torchrun_divides_it_without_further_flags(photos, tmp_path):
     assert "fp32 on cpu and 1 more" in output
     assert output.count("test accuracy") == 3
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+THREADS = """
+import sys
+from pathlib import Path
+from catkernels.__main__ import main
+from catkernels.training.trainer import Trainer
+
+def gloo_threads():
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum("gloo" in name for name in names)
+
+during = []
+evaluate = Trainer.evaluate
+Trainer.evaluate = lambda self: (during.append(gloo_threads()), evaluate(self))[1]
+assert main(sys.argv[1:]) == 0
+assert min(during) > 0, during
+assert gloo_threads() == 0
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
+def test_the_processes_end_after_their_threads(photos, tmp_path):
+    """One that outlives the interpreter aborts the process, now and then."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    command = train_command(photos, tmp_path / "run", "--epochs", "1")
+    torchrun(2, str(tmp_path / "threads.py"), *command)
 
 
 def test_a_missing_package_is_named():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import RECIPE, tiny_data, tiny_model, torchrun, trained, write_photos
+from fresh_process import torchrun
+from tiny_training import RECIPE, tiny_data, tiny_model, trained, write_photos
 
 from catkernels.training.data import Augmentation, digits_data, folder_data, warp
 from catkernels.training.processes import Processes
@@ -249,6 +250,7 @@ with joined_processes() as processes:
     trainer = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, processes)
     weights = trained(trainer)
     torch.save([weights, trainer.losses, trainer.evaluate()], f"{sys.argv[1]}/{processes.rank}.pt")
+    del trainer
 """
 
 

@@ -1,15 +1,11 @@
-"""A training run that takes a second: its model, its data, its photos, and torchrun for it."""
+"""A training run that takes a second: its model, its data and its photos."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from fresh_process import ROOT
 from PIL import Image
 from torch.utils.data import TensorDataset
 
@@ -58,20 +54,3 @@ def write_photos(folder: Path, count: int = 10, classes: tuple[str, ...] = ("dar
             pixels = generator.integers(0, 80, (12, 16, 3)) + 150 * index
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{image}.png")
     return folder
-
-
-def torchrun(processes: int, *arguments: str) -> str:
-    """What a program prints that ``torchrun`` starts in several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    result = subprocess.run(
-        [*command, f"--nproc-per-node={processes}", *arguments],
-        capture_output=True,
-        text=True,
-        # on CPUs, since there may be fewer GPUs than processes
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout

@@ -94,12 +94,8 @@ def run(
         }
         folder = RunFolder(output, described)
         state = folder.resume(resume)
-        trainer = Trainer(network, images, recipe, processes, workers)
-        if state is not None:
-            trainer.load_state_dict(state)
-        _train(trainer, folder)
-        if processes.is_first:
-            _finish(trainer, folder)
+        # no name for the trainer, which must be gone when the processes part
+        _train(Trainer(network, images, recipe, processes, workers), folder, state)
 
 
 @contextmanager
@@ -113,8 +109,10 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(trainer: Trainer, folder: RunFolder) -> None:
-    """Train to the end, showing how far it has come and saving it."""
+def _train(trainer: Trainer, folder: RunFolder, state: dict | None) -> None:
+    """Train to the end, from ``state`` on, showing how far it has come and saving it."""
+    if state is not None:
+        trainer.load_state_dict(state)
     first = trainer.processes.is_first
     if first:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -142,6 +140,8 @@ def _train(trainer: Trainer, folder: RunFolder) -> None:
                 folder.save_metrics(trainer.epochs)
             if epoch is not None or folder.is_due():
                 folder.save_checkpoint(trainer.state_dict())
+    if first:
+        _finish(trainer, folder)
 
 
 def _describe(trainer: Trainer, folder: RunFolder) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import TypeVar
 
 import torch
@@ -53,6 +55,10 @@ class Processes:
 def joined_processes() -> Iterator[Processes]:
     """Join the processes that ``torchrun`` started; without it, this one works alone.
 
+    What was wrapped for these processes must be out of reach when the context ends. Python may
+    only end after the process group's threads: one that still lets go of a tensor while the
+    interpreter is taken down aborts the process.
+
     Raises:
         ValueError: the machine has too few devices for them.
     """
@@ -70,8 +76,13 @@ def joined_processes() -> Iterator[Processes]:
             )
         device = torch.device(device.type, index)
         devices.set_device(device)
+    # DistributedDataParallel imports it, and where a group exists by then it is held for good, as
+    # the default of the functions' arguments
+    import_module("torch.distributed.nn.functional")
     dist.init_process_group()
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        # DistributedDataParallel lies in cycles of references, and holds the group
+        gc.collect()
         dist.destroy_process_group()
