@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from catkernels import reference
 from catkernels.functional import Backend, check_backend, check_patch_size
-from catkernels.modules import CPSA, IPSA, cpsa_layer, ipsa_layer, is_intercepted
+from catkernels.modules import (
+    CPSA,
+    IPSA,
+    cpsa_layer,
+    ipsa_layer,
+    is_intercepted,
+    recomputes_norm,
+)
 
 # What an official block consists of.
 CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
@@ -146,7 +153,7 @@ class CATBlock(nn.Module):
         """
         height, width = self._map_size(x)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
-        attended = self._attend(self.norm1(tokens).unflatten(1, (height, width)))
+        attended = self._attend(tokens, (height, width))
         tokens = tokens + self.drop_path(attended.flatten(1, 2))
         tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         return tokens.reshape(x.shape)
@@ -167,14 +174,22 @@ class CATBlock(nn.Module):
             )
         return tuple(size)
 
-    def _attend(self, x: Tensor) -> Tensor:
-        """The attention of a map (B, H, W, C)."""
-        if isinstance(self.attn, IPSA | CPSA):
-            return self.attn(x)
-        if needs_its_own_call(self.attn):
+    def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
+        attn, norm = self.attn, self.norm1
+        options = (self.patch_size, self.backend)
+        is_ours, is_heard = isinstance(attn, IPSA | CPSA), needs_its_own_call(attn)
+        if self.attn_type == "ipsa" and not is_heard and (type(attn) is IPSA or not is_ours):
+            x = tokens.unflatten(1, size)
+            if recomputes_norm(attn, x, *options, norm):
+                return ipsa_layer(attn, x, *options, norm=norm)
+        x = norm(tokens).unflatten(1, size)
+        if is_ours:
+            return attn(x)
+        if is_heard:
             return self._attend_through_tokens(x)
         layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-        return layer(self.attn, x, self.patch_size, self.backend)
+        return layer(attn, x, *options)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
         """Call the official attention itself, whose hooks then see the tokens they expect."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from catkernels import cpu, reference
 from catkernels.ops import cpsa, ipsa
+from catkernels.ops.precision import autocast_is_on, compute_dtype
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
@@ -79,7 +80,7 @@ def ipsa_attention(
     _check_scale_and_dropout(scale, dropout_p)
 
     # as autocast does for scaled_dot_product_attention: what arrives in float32 leaves in half
-    qkv = qkv.to(_compute_dtype(qkv))
+    qkv = qkv.to(compute_dtype(qkv))
     reasons = _ipsa_reasons(
         qkv,
         bias_table,
@@ -155,7 +156,7 @@ def cpsa_attention(
     patch_size = check_patch_size(patch_size)
     pixels = patch_size**2
     _check_tensor("x", x, "(B, H, W, C)", (None, None, None, None))
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     weights = {
         "qkv_weight": (qkv_weight, "(3 N*N, N*N)", (3 * pixels, pixels)),
         "qkv_bias": (qkv_bias, "(3 N*N,)", (3 * pixels,)),
@@ -167,7 +168,7 @@ def cpsa_attention(
             continue
         _check_tensor(name, weight, axes, sizes, like=x)
         if weight.dtype != x.dtype and (
-            torch.float64 in (weight.dtype, x.dtype) or not _autocast_is_on(x.device)
+            torch.float64 in (weight.dtype, x.dtype) or not autocast_is_on(x.device)
         ):
             raise TypeError(
                 f"{name} is {weight.dtype} but x is {x.dtype}: give them one dtype or use autocast"
@@ -232,12 +233,27 @@ def check_backend(backend: str) -> Backend:
     return backend
 
 
+def ipsa_runs_kernels(x: Tensor, *, num_heads: int, patch_size: int, backend: Backend) -> bool:
+    """Whether `ipsa_attention` of a projection of the map ``x`` (B, H, W, C) would run kernels.
+
+    Raises:
+        ValueError: ``backend="triton"`` cannot serve the call.
+    """
+    reasons = ipsa.unsupported_reasons(
+        device=x.device,
+        dtype=compute_dtype(x),
+        head_dim=x.shape[-1] // num_heads,
+        patch_size=patch_size,
+    )
+    return _runs_kernels("ipsa_attention", backend, x.device, reasons)
+
+
 def _ipsa_reasons(
     qkv, bias_table=None, *, num_heads, patch_size, qkv_bias=None, return_attention=False, **_
 ) -> list[str]:
     reasons = ipsa.unsupported_reasons(
         device=qkv.device,
-        dtype=_compute_dtype(qkv),
+        dtype=compute_dtype(qkv),
         head_dim=qkv.shape[-1] // 3 // num_heads,
         patch_size=check_patch_size(patch_size),
         needs_grad=_needs_grad(qkv, bias_table, qkv_bias),
@@ -259,7 +275,7 @@ def _cpsa_reasons(
     patch_size = check_patch_size(patch_size)
     reasons = cpsa.unsupported_reasons(
         device=x.device,
-        dtype=_compute_dtype(x),
+        dtype=compute_dtype(x),
         patch_size=patch_size,
         num_patches=-(-x.shape[1] // patch_size) * -(-x.shape[2] // patch_size),
         needs_grad=_needs_grad(x, qkv_weight, qkv_bias, proj_weight, proj_bias),
@@ -281,18 +297,6 @@ def _runs_kernels(
             "Use backend='auto' or 'reference'."
         )
     return backend == "triton" or (backend == "auto" and device.type != "cpu" and not reasons)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that `torch.nn.functional.linear` would compute with, autocast considered."""
-    if x.dtype != torch.float64 and _autocast_is_on(x.device):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
-
-
-def _autocast_is_on(device: torch.device) -> bool:
-    # the meta device knows no autocast, and raises when asked
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -16,7 +16,10 @@ from catkernels.functional import (
     check_patch_size,
     cpsa_attention,
     ipsa_attention,
+    ipsa_runs_kernels,
 )
+from catkernels.ops.norm_linear import norm_linear
+from catkernels.ops.precision import autocast_is_on
 
 
 class _Attention(nn.Module):
@@ -183,9 +186,17 @@ class CPSA(_Attention):
 
 
 def ipsa_layer(
-    attn: nn.Module, x: Tensor, patch_size: int, backend: Backend, return_attention: bool = False
+    attn: nn.Module,
+    x: Tensor,
+    patch_size: int,
+    backend: Backend,
+    return_attention: bool = False,
+    norm: nn.LayerNorm | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """IPSA of a map (B, H, W, C) with the children of ``attn``, which structure alone qualifies."""
+    """IPSA of a map (B, H, W, C) with the children of ``attn``, which structure alone qualifies.
+
+    With ``norm``, where `recomputes_norm` says that this is possible, it is IPSA of ``norm(x)``.
+    """
     height, width = x.shape[1:3]
     plain = is_plain_linear(attn.qkv)
     table = attn.relative_position_bias_table if attn.rpe else None
@@ -196,7 +207,7 @@ def ipsa_layer(
             # what such a child makes of a padded pixel only the child can say
             x = reference.pad_to_patches(x, patch_size)
         result = ipsa_attention(
-            attn.qkv(x),
+            attn.qkv(x) if norm is None else norm_linear(x, norm, attn.qkv),
             table,
             num_heads=attn.num_heads,
             patch_size=patch_size,
@@ -216,6 +227,27 @@ def ipsa_layer(
     output, *attention = attend(x)
     output = attn.proj_drop(output)
     return (output, *attention) if return_attention else output
+
+
+def recomputes_norm(
+    attn: nn.Module, x: Tensor, patch_size: int, backend: Backend, norm: nn.Module
+) -> bool:
+    """Whether IPSA's kernels can train with ``norm(x)`` computed again in the backward pass.
+
+    It is then not kept beside the map (B, H, W, C) that ``x`` is.
+    """
+    # a compiler decides by itself what to compute again
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if type(norm) is not nn.LayerNorm or is_intercepted(norm) or not is_plain_linear(attn.qkv):
+        return False
+    tensors = (x, *norm.parameters(), *attn.qkv.parameters())
+    one_dtype = all(t.dtype == x.dtype for t in tensors) or autocast_is_on(x.device)
+    return (
+        one_dtype
+        and any(t.requires_grad for t in tensors)
+        and ipsa_runs_kernels(x, num_heads=attn.num_heads, patch_size=patch_size, backend=backend)
+    )
 
 
 def cpsa_layer(

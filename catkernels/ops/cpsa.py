@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.device import allows_tf32, device_reasons, interpreting
+from catkernels.ops.device import device_reasons, interpreting
 from catkernels.ops.operator import call_once_differentiable, define_operator
+from catkernels.ops.precision import allows_tf32
 from catkernels.reference import fold_weights
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

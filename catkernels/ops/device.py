@@ -43,13 +43,3 @@ def device_reasons(device: torch.device) -> list[str]:
     if device.type not in KERNEL_DEVICES and not (device.type == "cpu" and interpreting()):
         reasons.append(f"the tensors are on {device.type}, the kernels need cuda or xpu")
     return reasons
-
-
-def allows_tf32() -> bool:
-    """Whether torch's setting for float32 products allows TF32."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the compiler: a graph cannot
-# read the setting, and so keeps what it was.
-allows_tf32._dynamo_marked_constant = True
