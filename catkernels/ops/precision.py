@@ -15,8 +15,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def autocast_is_on(device: torch.device) -> bool:
     """Whether this is an autocast region for tensors of ``device``."""
-    # the meta device knows no autocast, and raises when asked
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return _knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for a type of device; where there is none, asking for it raises."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def allows_tf32() -> bool:
@@ -25,5 +29,6 @@ def allows_tf32() -> bool:
 
 
 # What `torch.compiler.assume_constant_result` does, which would import the compiler: a graph cannot
-# read the setting, and so keeps what it was.
+# ask for either, and so keeps the answer of when it was made.
+_knows_autocast._dynamo_marked_constant = True
 allows_tf32._dynamo_marked_constant = True
