@@ -224,11 +224,8 @@ class CAT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the paper's recipe does not decay, as timm's optimizers ask for them."""
-        return {"ape"}
-
-    def no_weight_decay_keywords(self) -> set[str]:
-        """Parts of the names of further parameters that the paper's recipe does not decay."""
-        return {"relative_position_bias_table"}
+        positions = {"ape", "relative_position_bias_table"}
+        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in positions}
 
 
 class CATLayer(nn.Module):
