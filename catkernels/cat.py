@@ -176,7 +176,7 @@ class CAT(nn.Module):
             self.head = (
                 nn.Linear(self.num_features[-1], num_classes) if num_classes else nn.Identity()
             )
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
     def _make_layer(self, *, input_resolution: tuple[int, int], **options) -> nn.Module:
         """A stage. Ours runs at any resolution; the official one asks for it."""
@@ -224,11 +224,8 @@ class CAT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the paper's recipe does not decay, as timm's optimizers ask for them."""
-        return {"ape"}
-
-    def no_weight_decay_keywords(self) -> set[str]:
-        """Parts of the names of further parameters that the paper's recipe does not decay."""
-        return {"relative_position_bias_table"}
+        positions = {"ape", "relative_position_bias_table"}
+        return {name for name, _ in self.named_parameters() if name.split(".")[-1] in positions}
 
 
 class CATLayer(nn.Module):
@@ -380,7 +377,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return sides
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
+    """Begin a linear layer as the official code does; for `torch.nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -156,6 +156,15 @@ def test_position_embedding_is_resized_with_the_image():
     assert dense.ape.shape == (1, 8, 8, 12)
 
 
+def test_position_embedding_and_biases_are_spared_weight_decay():
+    """By whole names, which timm's optimizers and the official training code ask for."""
+    cat = catkernels.CAT(**TINY, ape=True)
+    spared = cat.no_weight_decay()
+    tables = {name for name in cat.state_dict() if name.endswith("relative_position_bias_table")}
+    assert spared == {"ape"} | tables
+    assert len(spared) == 1 + 2 * sum(TINY["depths"])
+
+
 def test_n_shrinks_to_the_stage_in_the_classifier_only():
     options = {**TINY, "img_size": 32}
     sides = [layer.pre_ipsa_blocks[0].patch_size for layer in catkernels.CAT(**options).layers]

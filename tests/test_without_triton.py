@@ -58,5 +58,5 @@ def test_importing_is_light():
         """
     ).split()
     assert "catkernels.functional" in loaded
-    heavy = {"catkernels.kernels", "matplotlib", "PIL", "sklearn", "safetensors"}
+    heavy = {"catkernels.kernels", "matplotlib", "PIL", "sklearn", "safetensors", "timm"}
     assert heavy.isdisjoint(loaded)

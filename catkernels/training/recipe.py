@@ -68,10 +68,9 @@ class Recipe:
 def make_optimizer(model: CAT, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays weight matrices only, and of these not those the model asks to spare."""
     spared = model.no_weight_decay()
-    keywords = model.no_weight_decay_keywords()
 
     def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-        return parameter.dim() > 1 and name not in spared and not any(k in name for k in keywords)
+        return parameter.dim() > 1 and name not in spared
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
