@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from catkernels import reference
-from catkernels.functional import Backend, check_backend, check_patch_size
+from catkernels.functional import Backend, check_backend, check_patch_size, check_probability
 from catkernels.modules import (
     CPSA,
     IPSA,
+    check_floating,
     cpsa_layer,
     ipsa_layer,
     is_intercepted,
@@ -86,12 +87,12 @@ class CATBlock(nn.Module):
             self.attn = CPSA(patch_size, *shared, backend=backend)
         else:
             raise ValueError(f"attn_type must be 'ipsa' or 'cpsa', got {attn_type!r}")
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop)
 
     @classmethod
-    def adopt(cls, block: nn.Module, backend: Backend) -> CATBlock:
+    def adopt(cls, block: nn.Module) -> CATBlock:
         """A block with the very children, hooks and mode of an official one, which it remembers."""
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
@@ -103,8 +104,10 @@ class CATBlock(nn.Module):
             setattr(adopted, name, getattr(block, name))
         adopted.attn_type = block.attn_type
         adopted.patch_size = check_patch_size(block.patch_size)
-        adopted.backend = backend
         adopted.training = block.training
+        adopted._backend = "auto"
+        # an `IPSA` or `CPSA` of the user's own has one already
+        adopted._former_backend = adopted.backend
         # in a tuple, so that it is no child and its parameters are not listed twice
         adopted._adopted = (block,)
         return adopted
@@ -126,12 +129,16 @@ class CATBlock(nn.Module):
         return "_adopted" in vars(self)
 
     def release(self) -> nn.Module:
-        """The block that `adopt` took over, with this block's present children, mode, H and W."""
+        """The block that `adopt` took over, with what this one now is.
+
+        That is its children, parameters and buffers, whenever they came, its mode, H and W.
+        """
         (block,) = self._adopted
         block.training = self.training
+        self.backend = self._former_backend
         setattr(block, _HOOK_FLAG, getattr(self, _HOOK_FLAG))
-        for name in CHILDREN:
-            setattr(block, name, getattr(self, name))
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(block, registry).update(getattr(self, registry))
         for name in _MAP_SIZE & vars(block).keys():
             setattr(block, name, getattr(self, name))
         return block
@@ -149,8 +156,10 @@ class CATBlock(nn.Module):
         """Map (B, H, W, C), or tokens (B, H*W, C) where H and W are set, to the same shape.
 
         Raises:
+            TypeError: ``x`` is no floating-point tensor.
             ValueError: ``x`` is neither, or H and W do not fit it.
         """
+        check_floating(x)
         height, width = self._map_size(x)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         attended = self._attend(tokens, (height, width))
@@ -176,17 +185,15 @@ class CATBlock(nn.Module):
 
     def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
-        attn, norm = self.attn, self.norm1
-        options = (self.patch_size, self.backend)
-        is_ours, is_heard = isinstance(attn, IPSA | CPSA), needs_its_own_call(attn)
-        if self.attn_type == "ipsa" and not is_heard and (type(attn) is IPSA or not is_ours):
+        attn, options = self.attn, (self.patch_size, self.backend)
+        if self.attn_type == "ipsa" and _is_its_children(attn):
             x = tokens.unflatten(1, size)
-            if recomputes_norm(attn, x, *options, norm):
-                return ipsa_layer(attn, x, *options, norm=norm)
-        x = norm(tokens).unflatten(1, size)
-        if is_ours:
+            if recomputes_norm(attn, x, *options, self.norm1):
+                return ipsa_layer(attn, x, *options, norm=self.norm1)
+        x = self.norm1(tokens).unflatten(1, size)
+        if isinstance(attn, IPSA | CPSA):
             return attn(x)
-        if is_heard:
+        if needs_its_own_call(attn):
             return self._attend_through_tokens(x)
         layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
         return layer(attn, x, *options)
@@ -214,6 +221,12 @@ def needs_its_own_call(attn: nn.Module) -> bool:
     return any(part is not None and is_intercepted(part) for part in parts)
 
 
+def _is_its_children(attn: nn.Module) -> bool:
+    """Whether to compute with an attention's children is all that its own call would do."""
+    overridden = isinstance(attn, IPSA) and type(attn) is not IPSA
+    return not overridden and not needs_its_own_call(attn)
+
+
 class Mlp(nn.Module):
     """``fc2(act(fc1(x)))``, (.., C) -> the same, with dropout after each of the two halves."""
 
@@ -228,7 +241,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
+        self.drop = nn.Dropout(check_probability("drop", drop))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
@@ -242,9 +255,7 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
-        if not 0 <= drop_prob < 1:
-            raise ValueError(f"drop_path must be in [0, 1), got {drop_prob}")
-        self.drop_prob = drop_prob
+        self.drop_prob = check_probability("drop_path", drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.drop_prob:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catkernels.block import CATBlock
-from catkernels.functional import Backend, check_backend, check_patch_size
+from catkernels.functional import Backend, check_backend, check_patch_size, check_probability
 
 # The paper's models (table 1 and the official configurations), as arguments of `CAT`.
 VARIANTS: dict[str, dict] = {
@@ -137,10 +137,11 @@ class CAT(nn.Module):
             self.ape = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
         else:
             self.ape = None
-        self.pos_drop = nn.Dropout(drop_rate)
+        self.pos_drop = nn.Dropout(check_probability("drop_rate", drop_rate))
 
         # on the CPU also where the model is built on the meta device
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
+        last = check_probability("drop_path_rate", drop_path_rate)
+        drop_paths = torch.linspace(0, last, sum(depths), device="cpu").tolist()
         grid = tuple(
             -(-side // patch) for side, patch in zip(img_size, patch_emb_size, strict=True)
         )

@@ -233,7 +233,7 @@ def check_backend(backend: str) -> Backend:
     return backend
 
 
-def ipsa_runs_kernels(x: Tensor, *, num_heads: int, patch_size: int, backend: Backend) -> bool:
+def ipsa_runs_kernels(x: Tensor, *, head_dim: int, patch_size: int, backend: Backend) -> bool:
     """Whether `ipsa_attention` of a projection of the map ``x`` (B, H, W, C) would run kernels.
 
     Raises:
@@ -242,10 +242,17 @@ def ipsa_runs_kernels(x: Tensor, *, num_heads: int, patch_size: int, backend: Ba
     reasons = ipsa.unsupported_reasons(
         device=x.device,
         dtype=compute_dtype(x),
-        head_dim=x.shape[-1] // num_heads,
+        head_dim=head_dim,
         patch_size=patch_size,
     )
     return _runs_kernels("ipsa_attention", backend, x.device, reasons)
+
+
+def check_probability(name: str, probability: float) -> float:
+    """``probability`` itself, where something may be dropped with it."""
+    if not 0 <= probability < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {probability}")
+    return probability
 
 
 def _ipsa_reasons(
@@ -332,8 +339,7 @@ def _check_scale_and_dropout(scale: float | None, dropout_p: float) -> None:
     if scale is not None:
         _check_number("scale", scale, float)
     _check_number("dropout_p", dropout_p, float)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    check_probability("dropout_p", dropout_p)
 
 
 def _check_number(name: str, value: float, kind: type) -> None:

@@ -14,6 +14,7 @@ from catkernels.functional import (
     Backend,
     check_backend,
     check_patch_size,
+    check_probability,
     cpsa_attention,
     ipsa_attention,
     ipsa_runs_kernels,
@@ -41,8 +42,6 @@ class _Attention(nn.Module):
         side = check_patch_size(patch_size)
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}")
-        if not 0 <= attn_drop < 1:
-            raise ValueError(f"attn_drop must be in [0, 1), got {attn_drop}")
         self.dim = dim
         self.patch_size = (side, side)
         self.num_heads = num_heads
@@ -54,9 +53,9 @@ class _Attention(nn.Module):
             self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
             self.register_buffer("relative_position_index", reference.relative_position_index(side))
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.attn_drop = nn.Dropout(check_probability("attn_drop", attn_drop))
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(check_probability("proj_drop", proj_drop))
 
     def extra_repr(self) -> str:
         return (
@@ -113,7 +112,7 @@ class IPSA(_Attention):
             ValueError: ``x`` is neither.
         """
         side = self.patch_size[0]
-        _check_floating(x)
+        check_floating(x)
         is_tokens = x.dim() == 3 and x.shape[1] == side**2
         if not (is_tokens or x.dim() == 4) or x.shape[-1] != self.dim:
             raise ValueError(
@@ -171,10 +170,10 @@ class CPSA(_Attention):
             ValueError: ``x`` is neither.
         """
         side = self.patch_size[0]
-        _check_floating(x)
+        check_floating(x)
         if x.dim() == 3 and x.shape[-1] == side**2:
             # P patches one below the other are a map of one channel and one patch's width
-            result = self(x.reshape(x.shape[0], -1, side, 1), return_attention)
+            result = self(x.reshape(x.shape[0], x.shape[1] * side, side, 1), return_attention)
             if return_attention:
                 return result[0].reshape(x.shape), result[1]
             return result.reshape(x.shape)
@@ -241,12 +240,14 @@ def recomputes_norm(
         return False
     if type(norm) is not nn.LayerNorm or is_intercepted(norm) or not is_plain_linear(attn.qkv):
         return False
+    if norm.normalized_shape != x.shape[-1:]:
+        return False
     tensors = (x, *norm.parameters(), *attn.qkv.parameters())
     one_dtype = all(t.dtype == x.dtype for t in tensors) or autocast_is_on(x.device)
     return (
         one_dtype
         and any(t.requires_grad for t in tensors)
-        and ipsa_runs_kernels(x, num_heads=attn.num_heads, patch_size=patch_size, backend=backend)
+        and ipsa_runs_kernels(x, head_dim=head_dim(attn), patch_size=patch_size, backend=backend)
     )
 
 
@@ -275,9 +276,17 @@ def cpsa_layer(
     return (output, *attention) if return_attention else output
 
 
-def _check_floating(x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+def check_floating(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor, got {kind}")
+
+
+def head_dim(attn: nn.Module) -> int:
+    """D of an IPSA attention: what ``qkv`` gives each head, which need not be C / heads."""
+    # an adapter in the place of ``qkv`` may not say how wide it is
+    width = getattr(attn.qkv, "out_features", 3 * getattr(attn, "dim", 0))
+    return width // 3 // attn.num_heads
 
 
 def dropout_probability(dropout: nn.Module) -> float:
@@ -286,16 +295,25 @@ def dropout_probability(dropout: nn.Module) -> float:
 
 
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
+    """Whether calling ``module`` does more than its class says.
+
+    That may be hooks, a forward of its own, or having been compiled by itself.
+    """
     hooks = (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return any(map(len, hooks)) or "forward" in vars(module)
+    own_call = "forward" in vars(module) or module._compiled_call_impl is not None
+    return own_call or any(map(len, hooks))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is just its weight and bias: no subclass, parametrisation or hook."""
-    return type(module) is nn.Linear and not is_intercepted(module)
+    """Whether ``module`` is just its weight and bias.
+
+    It then is no subclass, carries no parametrisation or hook, and its parameters are no wrappers
+    around quantised values, which only operators of their own can read.
+    """
+    wrapped = any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
+    return type(module) is nn.Linear and not is_intercepted(module) and not wrapped

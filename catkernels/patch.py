@@ -15,7 +15,7 @@ from torch import nn
 
 from catkernels.block import CHILDREN, CATBlock, needs_its_own_call
 from catkernels.functional import Backend, check_backend
-from catkernels.modules import CPSA, IPSA, is_plain_linear
+from catkernels.modules import CPSA, IPSA, head_dim, is_plain_linear
 from catkernels.ops import cpsa, ipsa
 from catkernels.recognise import (
     always_checkpoints,
@@ -121,7 +121,7 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
         else:
             continue
         if action == "swapped":
-            swaps[module] = CATBlock.adopt(module, backend)
+            swaps[module] = CATBlock.adopt(module)
         if action != "left alone":
             serving, why = _serving(module, backend)
         else:
@@ -139,7 +139,7 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
             f"Left alone: {found or 'nothing resembled one'}"
         )
     _replace(model, swaps)
-    for block in served:
+    for block in (*served, *swaps.values()):
         block.backend = backend
     return PatchReport(tuple(reports), tuple(_notes(model)))
 
@@ -216,9 +216,7 @@ def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
     where = {"device": weight.device, "dtype": weight.dtype, "needs_grad": trains}
     side = patch_side(block.patch_size)
     if block.attn_type == "ipsa":
-        channels = getattr(attn.qkv, "in_features", None) or getattr(attn, "dim", 0)
-        head_dim = channels // attn.num_heads
-        reasons = ipsa.unsupported_reasons(**where, head_dim=head_dim, patch_size=side)
+        reasons = ipsa.unsupported_reasons(**where, head_dim=head_dim(attn), patch_size=side)
     else:
         patches = _num_patches(block, side)
         reasons = cpsa.unsupported_reasons(**where, patch_size=side, num_patches=patches)
@@ -233,8 +231,8 @@ def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
 
 
 def _num_patches(block: nn.Module, side: int) -> int:
-    """P where the map's size is known, else that of one patch."""
-    height, width = _map_size(block) or (side, side)
+    """P where the map's size is known, else two, as if for any size with more than one patch."""
+    height, width = _map_size(block) or (side, 2 * side)
     return -(-height // side) * -(-width // side)
 
 

@@ -200,6 +200,8 @@ def test_checkpointing_changes_nothing_but_memory():
         ({"slice_emb": True, "patch_emb_size": 8}, "slice_emb needs patch_emb_size=4"),
         ({"num_heads": (3, 2, 2)}, "dim=8 is not divisible by num_heads=3"),
         ({"backend": "gpu"}, "backend must be"),
+        ({"drop_rate": 1.0}, r"drop_rate must be in \[0, 1\), got 1.0"),
+        ({"drop_path_rate": -3.0}, r"drop_path_rate must be in \[0, 1\), got -3.0"),
     ],
 )
 def test_contradicting_arguments(options, message):

@@ -163,6 +163,16 @@ def test_integers_are_refused(attention):
     ours, _ = pair(attention)
     with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.int64"):
         ours(torch.ones(1, 7, 7, 12, dtype=torch.int64))
+    with pytest.raises(TypeError, match="x must be a floating-point tensor, got NoneType"):
+        ours(None)
+    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.int64"):
+        catkernels.CATBlock(12, 3, attn_type=attention)(torch.ones(1, 7, 7, 12, dtype=torch.int64))
+
+
+@both
+def test_no_tokens_at_all(attention):
+    ours, _ = pair(attention)
+    assert ours(tokens(attention)[:0]).shape == (0, *tokens(attention).shape[1:])
 
 
 class LowRank(nn.Module):
@@ -214,10 +224,17 @@ def test_weight_normed_cpsa_refuses_triton():
         (lambda: catkernels.IPSA(12)(torch.randn(2, 7, 7, 13)), r"\(B, H, W, 12\)"),
         (lambda: catkernels.IPSA(12)(torch.randn(1, 49, 13)), r"got \(1, 49, 13\)"),
         (lambda: catkernels.IPSA(12, attn_drop=1.0), r"attn_drop must be in \[0, 1\)"),
+        (lambda: catkernels.CPSA(7, proj_drop=1.5), r"proj_drop must be in \[0, 1\), got 1.5"),
         (lambda: catkernels.CPSA(7)(torch.randn(2, 4, 48)), r"got \(2, 4, 48\)"),
         (lambda: catkernels.CATBlock(12, 3, attn_type="swin"), "attn_type must be"),
         (lambda: catkernels.CATBlock(12, 3)(torch.randn(1, 49, 12)), "set H and W"),
         (lambda: catkernels.CATBlock(12, 3, drop_path=1.0), r"drop_path must be in \[0, 1\)"),
+        (lambda: catkernels.CATBlock(12, 3, drop_path=-0.5), r"drop_path must be .* got -0.5"),
+        (
+            lambda: catkernels.CATBlock(12, 3, drop_path=float("nan")),
+            r"drop_path must be .* got nan",
+        ),
+        (lambda: catkernels.block.Mlp(4, 8, drop=1.0), r"drop must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_errors(make, message):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import catkernels
+from catkernels import official
 from catkernels.modules import recomputes_norm
 from catkernels.ops.norm_linear import norm_linear
 from catkernels.testing import assert_within_error_budget
@@ -44,6 +45,18 @@ def test_gradients_of_any_order(options):
     torch.testing.assert_close(call(x), linear(norm(x)))
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_many_gradients_at_once():
+    norm, linear = layers()
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    leaves = (x, *norm.parameters(), *linear.parameters())
+    cotangents = torch.randn(4, 2, 3, 5)
+    together, expected = (
+        torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True)
+        for output in (norm_linear(x, norm, linear), linear(norm(x)))
+    )
+    torch.testing.assert_close(together, expected)
 
 
 @pytest.mark.parametrize("frozen", ["x", "norm", "linear", "all but x"])
@@ -93,6 +106,11 @@ def test_in_half_precision(how, dtype):
 OBSTACLES = {
     "a hook on the norm": lambda block, x: block.norm1.register_forward_hook(lambda *_: None),
     "another norm": lambda block, x: setattr(block, "norm1", nn.RMSNorm(32)),
+    "a norm over more than channels": lambda block, x: setattr(
+        block, "norm1", nn.LayerNorm((49, 32), elementwise_affine=False)
+    ),
+    "a compiled norm": lambda block, x: block.norm1.compile(),
+    "a compiled qkv": lambda block, x: block.attn.qkv.compile(),
     "a hook on qkv": lambda block, x: block.attn.qkv.register_forward_hook(lambda *_: None),
     "the reference": lambda block, x: setattr(block, "backend", "reference"),
     "nothing to differentiate": lambda block, x: (block.requires_grad_(False), x.detach_()),
@@ -113,6 +131,36 @@ def test_only_plain_layers_before_the_kernels_are_joined(obstacle, device):
         assert not joined()
     obstacle(block, x)
     assert not joined()
+
+
+class WideHeads(official.Attention):
+    """Heads that are wider than a share of the channels, as a downstream copy may have them."""
+
+    def __init__(self, dim, num_heads, head_dim):
+        super().__init__(num_heads * head_dim, (7, 7), num_heads)
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
+        self.proj = nn.Linear(num_heads * head_dim, dim)
+
+
+def test_heads_need_not_share_the_channels(device, launches):
+    block = official.CATBlock(
+        40, (7, 14), 2, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, "ipsa"
+    )
+    block.attn = WideHeads(40, num_heads=2, head_dim=32)
+    model = nn.Sequential(block).to(device)
+    x = torch.randn(1, 98, 40, device=device)
+    exact = deepcopy(model).double()
+    expected = [
+        (m(y), *torch.autograd.grad(m(y).square().sum(), tuple(m.parameters())))
+        for m, y in ((model, x), (exact, x.double()))
+    ]
+    report = catkernels.patch(model, backend="triton")
+    assert report.blocks[0].backend == "triton"
+    output = model(x)
+    gradients = torch.autograd.grad(output.square().sum(), tuple(model.parameters()))
+    assert launches["ipsa_backward_kernel"]
+    for actual, same, double in zip((output, *gradients), *expected, strict=True):
+        assert_within_error_budget(actual, same, double)
 
 
 def test_a_listener_on_the_attention_hears_its_call(device):

@@ -110,6 +110,22 @@ def test_unpatch_keeps_children_that_were_replaced_meanwhile():
     assert model.layers[0].cpsa_blocks[0].mlp is mlp
 
 
+def test_unpatch_keeps_what_was_added_meanwhile():
+    model, _ = build()
+    patch(model)
+    block = model.layers[0].cpsa_blocks[0]
+    block.adapter = nn.Linear(1, 1)
+    block.register_parameter("gain", nn.Parameter(torch.ones(1)))
+    block.register_buffer("seen", torch.zeros(1))
+    block.register_buffer("scratch", torch.zeros(1), persistent=False)
+    parts, state = dict(model.named_modules()), model.state_dict()
+    unpatch(model)
+    assert dict(model.named_modules()).keys() == parts.keys()
+    assert model.state_dict().keys() == state.keys()
+    assert model.layers[0].cpsa_blocks[0].gain is block.gain
+    assert model.layers[0].cpsa_blocks[0].scratch is block.scratch
+
+
 def test_mode_is_kept_and_follows():
     model, _ = build()
     model.eval()
@@ -230,6 +246,48 @@ def test_quantised_and_scripted_parts_do_not_stop_the_rest():
     torch.testing.assert_close(run(model, images), expected)
 
 
+class Quantised(torch.Tensor):
+    """A weight in bytes with a scale, which linear layers alone know what to do with."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, bias = args
+            return nn.functional.linear(x, weight.values * weight.scale, bias)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(operator)
+
+
+def test_quantised_weights_stay_with_their_linear_layers():
+    model, images = build()
+    model.eval()
+    for linear in [m for m in model.modules() if isinstance(m, nn.Linear)]:
+        scale = linear.weight.detach().abs().max() / 127
+        weight = Quantised((linear.weight.detach() / scale).round().to(torch.int8), scale)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    with torch.no_grad():
+        expected = run(model, images)
+        report = patch(model)
+        torch.testing.assert_close(run(model, images), expected)
+    assert len(report.swapped) == 6
+    assert all("qkv goes through its own forward" in block.reason for block in report.blocks)
+
+
 class Buffered(nn.Module):
     """A linear layer without parameters, as quantisation leaves them."""
 
@@ -248,7 +306,9 @@ def test_the_backend_reaches_an_attention_of_ours_in_their_block():
     block.attn = catkernels.IPSA(12, 7, 3)
     patch(model, backend="reference")
     assert block.attn.backend == "reference"
-    model.layers[0].pre_ipsa_blocks[0].backend = "auto"
+    model.layers[0].pre_ipsa_blocks[0].backend = "triton"
+    assert block.attn.backend == "triton"
+    unpatch(model)
     assert block.attn.backend == "auto"
 
 
@@ -338,6 +398,16 @@ def test_the_report_says_what_would_raise():
     assert served == {"raises"}
     with pytest.raises(ValueError, match=r"cannot use backend='triton'.*head dimensions"):
         model(images)
+
+
+def test_the_report_of_maps_of_any_size_promises_no_kernels_that_may_not_serve(monkeypatch):
+    """In exact float32 they train CPSA at one patch only, and only the interpreter at more."""
+    monkeypatch.setattr(catkernels.ops.cpsa, "interpreting", lambda: False)
+    model, _ = build("backbone")
+    report = patch(model, backend="triton")
+    (served,) = {block.backend for block in report.blocks if block.kind == "cpsa"}
+    assert served == "raises"
+    assert "more than one patch in float32" in report.blocks[1].reason
 
 
 def test_the_report_prints_as_a_table():

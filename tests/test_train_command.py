@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_named(photos, tmp_path, capsys, damage):
         (("--batch-size", "64"), "at most the 16 training images, got 64"),
         (("--output", "{photos}/dark/0.png"), "File exists"),
         (("--learning-rate", "0"), "learning_rate must be more than 0, got 0.0"),
-        (("--drop-path", "1"), "drop_path must be in [0, 1), got 1"),
+        (("--drop-path", "1"), "drop_path_rate must be in [0, 1), got 1"),
         (("--workers", "-1"), "'-1' is not a whole number from 0 to 1024"),
     ],
 )

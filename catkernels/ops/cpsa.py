@@ -38,8 +38,8 @@ def unsupported_reasons(
     exact = torch.version.hip is None and not allows_tf32()
     if needs_grad and dtype == torch.float32 and num_patches > 1 and exact and not interpreting():
         reasons.append(
-            f"the backward pass of {num_patches} patches in float32 needs TF32 products: exact ones"
-            " do not fit in registers (torch.backends.cuda.matmul.fp32_precision is not 'tf32')"
+            "the backward pass of more than one patch in float32 needs TF32 products: exact ones do"
+            " not fit in registers (torch.backends.cuda.matmul.fp32_precision is not 'tf32')"
         )
     return reasons
 

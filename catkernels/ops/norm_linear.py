@@ -50,9 +50,9 @@ class _NormLinear(torch.autograd.Function):
         *needs_norm, needs_weight, needs_bias, _ = ctx.needs_input_grad
         normed, mean, rstd = _norm(x, norm_weight, norm_bias, ctx.eps)
         grad_weight = grad_bias = None
-        grad_rows = grad_out.flatten(0, -2)
+        grad_rows = grad_out.reshape(-1, grad_out.shape[-1])
         if needs_weight:
-            grad_weight = grad_rows.T @ normed.to(weight.dtype).flatten(0, -2)
+            grad_weight = grad_rows.T @ normed.to(weight.dtype).reshape(-1, x.shape[-1])
         if needs_bias:
             grad_bias = grad_rows.sum(0)
         grads_norm = (None,) * 3
