@@ -58,7 +58,10 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(function):
         def poisoned(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                # beside autograd, which lets nobody write into a leaf
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         return poisoned
 
