@@ -76,8 +76,8 @@ def mesh() -> DeviceMesh:
 
 
 def sharded(model: nn.Module, **options) -> nn.Module:
-    """FSDP2 as its documentation has it: every block, then the rest."""
-    for module in list(model.modules()):
+    """FSDP2 as README has it: every block, then the rest."""
+    for module in model.modules():
         if hasattr(module, "attn_type"):
             fully_shard(module, mesh=mesh(), **options)
     return fully_shard(model, mesh=mesh(), **options)
@@ -85,7 +85,7 @@ def sharded(model: nn.Module, **options) -> nn.Module:
 
 def sharded_by_layers(model: nn.Module) -> nn.Module:
     """FSDP2 of every linear layer, whose weights are whole only within the layer's own call."""
-    for module in list(model.modules()):
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             fully_shard(module, mesh=mesh())
     return fully_shard(model, mesh=mesh())
