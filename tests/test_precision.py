@@ -169,12 +169,14 @@ def test_autocast_for_a_gpu_reaches_the_kernels(dtype):
         )
         with torch.autocast("cpu", dtype):
             assert attend() == torch.float32
+        default = torch.get_autocast_dtype("cuda")
         torch.set_autocast_dtype("cuda", dtype)
         torch.set_autocast_enabled("cuda", True)
         try:
             assert attend() == dtype
         finally:
             torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", default)
 
 
 @pytest.mark.parametrize("name", ["CAT", "a patched CAT"])
