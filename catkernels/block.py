@@ -164,8 +164,9 @@ class CATBlock(nn.Module):
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         attended = self._attend(tokens, (height, width))
         tokens = tokens + self.drop_path(attended.flatten(1, 2))
-        tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
-        return tokens.reshape(x.shape)
+        branch = self.drop_path(self.mlp(self.norm2(tokens)))
+        # a sum, no view of one: FSDP2 marks the result, and a view that is changed loses its mark
+        return tokens.reshape(x.shape) + branch.reshape(x.shape)
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:

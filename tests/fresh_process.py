@@ -32,13 +32,18 @@ def run_python(code: str, *arguments: str, interpret: bool = False) -> str:
 def torchrun(processes: int, *arguments: str) -> str:
     """What a program prints that ``torchrun`` starts in several processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        # on CPUs, since there may be fewer GPUs than processes
+        "CUDA_VISIBLE_DEVICES": "",
+        "TRITON_INTERPRET": "1",
+    }
     result = subprocess.run(
         [*command, f"--nproc-per-node={processes}", *arguments],
         capture_output=True,
         text=True,
-        # on CPUs, since there may be fewer GPUs than processes
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | environment,
         timeout=300,
         check=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from itertools import product
 
 import pytest
@@ -35,7 +36,8 @@ FUNCTIONS = {"ipsa": (ipsa, make_ipsa_inputs), "cpsa": (cpsa, make_cpsa_inputs)}
 
 def compiled(module_or_function, **options):
     torch._dynamo.reset()
-    return torch.compile(module_or_function, fullgraph=True, backend="aot_eager", **options)
+    options = {"backend": "aot_eager", **options}
+    return torch.compile(module_or_function, fullgraph=True, **options)
 
 
 def outputs_and_gradients(function, inputs, parameters):
@@ -125,6 +127,58 @@ def test_one_recompilation_serves_every_batch_size(name, grad):
             for batch in (4, 7, 2):
                 x = images(model, batch)
                 torch.testing.assert_close(function(x), model(x))
+
+
+LAYERS = {
+    "ipsa_attention": partial(ipsa, bias_table=torch.ones(169, 3), qkv_bias=torch.ones(36)),
+    "cpsa_attention": lambda x: cpsa(x, *(torch.eye(49).repeat(3, 1), None, torch.eye(49), None)),
+    "IPSA": catkernels.IPSA(36, 7, 3),
+    "CPSA": catkernels.CPSA(7),
+    "CATBlock": catkernels.CATBlock(36, 3, attn_type="cpsa"),
+}
+
+
+# in plain runs functions and modules, whose batch varies from the start or is found to
+LAYER_SAMPLE = {("ipsa_attention", False), ("cpsa_attention", True), ("CATBlock", True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        pytest.param(*case, marks=() if case in LAYER_SAMPLE else pytest.mark.full)
+        for case in product(LAYERS, (False, True))
+    ],
+)
+def test_functions_and_modules_recompile_once_at_most(name, dynamic):
+    layer = LAYERS[name]
+    function = compiled(layer)
+    for count, batch in enumerate((2, 3, 4, 7, 2)):
+        x = torch.randn(batch, 9, 16, 36, requires_grad=True)
+        if dynamic:
+            torch._dynamo.mark_dynamic(x, 0)
+        known = count >= (1 if dynamic else 2)
+        with torch.compiler.set_stance("fail_on_recompile" if known else "default"):
+            actual = outputs_and_gradients(function, (x,), (x,))
+        torch.testing.assert_close(actual, outputs_and_gradients(layer, (x,), (x,)))
+
+
+def test_a_patched_model_on_kernels_compiles_to_one_graph(device, launches):
+    stage = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "out_indices": (0,)}
+    model = official.CAT(**stage, img_size=16, patch_size=2, drop_path_rate=0.0).to(device)
+    catkernels.patch(model, backend="triton")
+    double = deepcopy(model).double()
+    catkernels.patch(double, backend="reference")
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    function = compiled(model, backend=backend)
+    for batch in (2, 3, 5):
+        x = torch.randn(batch, 3, 14, 17, device=device)
+        # the first other batch size recompiles for batch sizes that vary; no other may
+        with torch.compiler.set_stance("default" if batch < 5 else "fail_on_recompile"):
+            actual = outputs_and_gradients(function, (x,), tuple(model.parameters()))
+        expected = outputs_and_gradients(model, (x,), tuple(model.parameters()))
+        truth = outputs_and_gradients(double, (x.double(),), tuple(double.parameters()))
+        for results in zip(actual, expected, truth, strict=True):
+            assert_within_error_budget(*results)
 
 
 @pytest.mark.full

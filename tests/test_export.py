@@ -7,32 +7,44 @@ from itertools import product
 
 import pytest
 import torch
+from fresh_process import run_python
 
 import catkernels
 from catkernels import official
 
+KINDS = ("classifier", "backbone", "patched classifier", "patched backbone")
 TINY = {"embed_dim": 12, "depths": (1, 1), "num_heads": (3, 3), "num_classes": 4, "ape": True}
 
 
 def build(kind: str) -> tuple[torch.nn.Module, tuple[int, int]]:
     torch.manual_seed(0)
-    if kind == "patched":
-        model = official.CAT(**TINY, img_size=56)
+    options = {"out_indices": (0, 1)} if "backbone" in kind else {}
+    if "patched" in kind:
+        model = official.CAT(**TINY, img_size=56, **options)
         catkernels.patch(model)
-        return model.eval(), (56, 56)
-    options = {"out_indices": (0, 1)} if kind == "backbone" else {}
+        return model.eval(), (50, 61) if options else (56, 56)
     return catkernels.CAT(**TINY, img_size=56, **options).eval(), (50, 61)
 
 
+def namespaces(program: torch.export.ExportedProgram) -> set[str]:
+    """Whose operators a graph calls."""
+    targets = (node.target for node in program.graph.nodes if node.op == "call_function")
+    return {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+
+
 # in plain runs each value of each parameter at least once
-SAMPLE = [("classifier", False, True), ("backbone", False, False), ("patched", True, False)]
+SAMPLE = [
+    ("classifier", False, True),
+    ("backbone", False, False),
+    ("patched backbone", True, False),
+]
 
 
 @pytest.mark.parametrize(
     ("kind", "strict", "grad"),
     [
         pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.full)
-        for case in product(("classifier", "backbone", "patched"), (False, True), (False, True))
+        for case in product(KINDS, (False, True), (False, True))
     ],
 )
 def test_round_trip(kind, strict, grad):
@@ -42,8 +54,47 @@ def test_round_trip(kind, strict, grad):
         program = torch.export.export(
             model, (torch.randn(2, 3, *size),), dynamic_shapes=({0: batch},), strict=strict
         )
+        assert namespaces(program) == {"aten"}
         torch.export.save(program, file := io.BytesIO())
         file.seek(0)
         loaded = torch.export.load(file).module()
         for images in (torch.randn(1, 3, *size), torch.randn(5, 3, *size)):
             torch.testing.assert_close(loaded(images), model(images))
+
+
+LOAD = """
+import sys
+import torch
+
+reference, kernels, images, expected = torch.load(sys.argv[1])
+torch.testing.assert_close(torch.export.load(reference).module()(images), expected)
+assert "catkernels" not in sys.modules
+try:
+    torch.export.load(kernels)
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("it was loaded without its operators")
+import catkernels
+torch.testing.assert_close(torch.export.load(kernels).module()(images), expected)
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs interpreted kernels")
+@pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_what_another_process_needs_to_load_a_program(grad, tmp_path):
+    """Nothing of ours by the reference; where kernels serve, the import of their operators."""
+    stage = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "out_indices": (0,)}
+    model = official.CAT(**stage, img_size=16, patch_size=2).eval()
+    images = torch.randn(3, 3, 14, 17)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    files = []
+    with torch.set_grad_enabled(grad):
+        for backend, owners in (("reference", {"aten"}), ("triton", {"aten", "catkernels"})):
+            catkernels.patch(model, backend=backend)
+            program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: batch},))
+            assert namespaces(program) == owners
+            files.append(str(tmp_path / f"{backend}.pt2"))
+            torch.export.save(program, files[-1])
+    torch.save((*files, images, model(images)), tmp_path / "case.pt")
+    run_python(LOAD, str(tmp_path / "case.pt"), interpret=True)

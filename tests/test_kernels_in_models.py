@@ -173,3 +173,15 @@ def test_an_unpadded_child_with_a_hook_still_reaches_the_kernels_or_says_so(
     else:
         with pytest.raises(ValueError, match="cannot use backend='triton'"):
             block(x)
+
+
+def test_a_gradient_penalty_is_refused(device, launches):
+    """The incoming gradient is a constant here, which `once_differentiable` would let pass."""
+    stage = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "out_indices": (0,)}
+    model = official.CAT(**stage, img_size=16, patch_size=2).to(device)
+    catkernels.patch(model, backend="triton")
+    images = torch.randn(1, 3, 16, 16, device=device, requires_grad=True)
+    (output,) = model(images)
+    (gradient,) = torch.autograd.grad(output.sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match='cannot be differentiated twice: use backend="ref'):
+        gradient.square().sum().backward()

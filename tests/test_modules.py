@@ -252,6 +252,16 @@ def test_block_takes_maps_and_tokens(attention):
         block(x.flatten(1, 2)[:, 1:])
 
 
+@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
+def test_a_block_returns_a_tensor_of_its_own(attention):
+    """No view: FSDP2 marks what a block returns, and loses the mark where a view is changed."""
+    block = catkernels.CATBlock(12, 3, attn_type=attention)
+    block.H, block.W = 9, 16
+    x = torch.randn(2, 9, 16, 12)
+    assert not block(x)._is_view()
+    assert not block(x.flatten(1, 2))._is_view()
+
+
 def test_block_survives_copying_and_pickling():
     block = catkernels.CATBlock(12, 3)
     x = torch.randn(1, 7, 7, 12)

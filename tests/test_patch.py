@@ -47,6 +47,20 @@ def test_a_training_step_stays_what_it_is(kind):
             torch.testing.assert_close(actual[name], expected[name])
 
 
+def test_a_gradient_penalty_stays_what_it_is():
+    model, images = build()
+    model.double().eval()
+    images = images.double().requires_grad_()
+    penalties = []
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(model(images).sum(), images, create_graph=True)
+        penalty = gradient.square().sum()
+        gradients = torch.autograd.grad(penalty, tuple(model.parameters()), allow_unused=True)
+        penalties.append((penalty, [g for g in gradients if g is not None]))
+        patch(model)
+    torch.testing.assert_close(*penalties)
+
+
 def test_training_with_dropout_is_reproducible():
     model, images = build("dropping")
     patch(model)

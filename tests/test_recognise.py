@@ -29,6 +29,53 @@ def test_a_downstream_copy_is_recognised_by_its_structure():
     torch.testing.assert_close(run(model, images), expected)
 
 
+VARIANTS = {
+    "classification": {"checkpoint_always": True},
+    "detection": {"out_indices": (0, 1)},
+    "segmentation": {"out_indices": (0, 1), "checkpoint_always": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "patch_size", "head_dim"),
+    [
+        ("classification", 7, 16),
+        ("classification", 2, 24),
+        ("detection", 4, 9),
+        ("segmentation", 12, 5),
+    ],
+)
+def test_the_official_variants_and_their_copies(variant, patch_size, head_dim):
+    """Of other windows and head dimensions, with classes that share no name with the originals."""
+    model = official.CAT(
+        img_size=8 * patch_size,
+        patch_size=patch_size,
+        embed_dim=head_dim,
+        depths=(1, 1),
+        num_heads=(1, 2),
+        num_classes=4,
+        drop_path_rate=0.0,
+        **VARIANTS[variant],
+    ).double()
+    for module in model.modules():
+        if isinstance(module, official.CATBlock | official.Attention):
+            module.__class__ = type("Copy", (type(module),), {})
+    side = 8 * patch_size
+    size = (side, side) if variant == "classification" else (side - 5, side + 3)
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+
+    def results():
+        outputs = run(model, images)
+        loss = sum(output.square().sum() for output in outputs)
+        return *outputs, *torch.autograd.grad(loss, tuple(model.parameters()))
+
+    expected = results()
+    report = patch(model)
+    assert len(report.swapped) == 6
+    assert bool(report.notes) == ("checkpoint_always" in VARIANTS[variant])
+    torch.testing.assert_close(results(), expected)
+
+
 class WithContext(official.CATBlock):
     def forward(self, x, context=0.0):
         return super().forward(x) + context
