@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from catkernels import cpu, reference
+from catkernels import cpu, reference, transforms
 from catkernels.ops import cpsa, ipsa
 from catkernels.ops.precision import autocast_is_on, compute_dtype
 
@@ -79,6 +79,7 @@ def ipsa_attention(
         _check_tensor("qkv_bias", qkv_bias, "(3C,)", (3 * channels,), like=qkv)
     _check_scale_and_dropout(scale, dropout_p)
 
+    qkv, bias_table, qkv_bias = transforms.known_to_need_grad(qkv, bias_table, qkv_bias)
     # as autocast does for scaled_dot_product_attention: what arrives in float32 leaves in half
     qkv = qkv.to(compute_dtype(qkv))
     reasons = _ipsa_reasons(
@@ -175,25 +176,17 @@ def cpsa_attention(
             )
     _check_scale_and_dropout(scale, dropout_p)
 
-    reasons = _cpsa_reasons(
-        x,
-        *(weight for weight, _, _ in weights.values()),
-        patch_size=patch_size,
-        return_attention=return_attention,
-    )
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    arguments = transforms.known_to_need_grad(*arguments)
+    reasons = _cpsa_reasons(*arguments, patch_size=patch_size, return_attention=return_attention)
     if _runs_kernels("cpsa_attention", backend, x.device, reasons):
         return cpsa.cpsa_attention(
-            x,
-            qkv_weight,
-            qkv_bias,
-            proj_weight,
-            proj_bias,
+            *arguments,
             patch_size=patch_size,
             scale=1 / patch_size if scale is None else scale,
             dropout_p=dropout_p,
             dtype=dtype,
         )
-    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     options = {"patch_size": patch_size, "scale": scale}
     extras = {"dropout_p": dropout_p, "return_attention": return_attention}
     if cpu.serves(*arguments, **extras):
@@ -245,6 +238,7 @@ def ipsa_runs_kernels(x: Tensor, *, num_heads: int, patch_size: int, backend: Ba
         head_dim=x.shape[-1] // num_heads,
         patch_size=patch_size,
     )
+    reasons += _transform_reasons(torch.is_grad_enabled())
     return _runs_kernels("ipsa_attention", backend, x.device, reasons)
 
 
@@ -256,8 +250,8 @@ def _ipsa_reasons(
         dtype=compute_dtype(qkv),
         head_dim=qkv.shape[-1] // 3 // num_heads,
         patch_size=check_patch_size(patch_size),
-        needs_grad=_needs_grad(qkv, bias_table, qkv_bias),
     )
+    reasons += _transform_reasons(_needs_grad(qkv, bias_table, qkv_bias))
     return reasons + _attention_map_reasons(return_attention)
 
 
@@ -273,14 +267,25 @@ def _cpsa_reasons(
     **_,
 ) -> list[str]:
     patch_size = check_patch_size(patch_size)
+    needs_grad = _needs_grad(x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     reasons = cpsa.unsupported_reasons(
         device=x.device,
         dtype=compute_dtype(x),
         patch_size=patch_size,
         num_patches=-(-x.shape[1] // patch_size) * -(-x.shape[2] // patch_size),
-        needs_grad=_needs_grad(x, qkv_weight, qkv_bias, proj_weight, proj_bias),
+        needs_grad=needs_grad,
     )
+    reasons += _transform_reasons(needs_grad)
     return reasons + _attention_map_reasons(return_attention)
+
+
+def _transform_reasons(needs_grad: bool) -> list[str]:
+    reasons = []
+    if transforms.is_forward_mode():
+        reasons.append("forward-mode differentiation: the kernels only have a backward pass")
+    if needs_grad and transforms.is_vmap():
+        reasons.append("gradients under torch.func.vmap: the kernels' have no batching rule")
+    return reasons
 
 
 def _attention_map_reasons(return_attention: bool) -> list[str]:
