@@ -132,19 +132,6 @@ def test_unsupported_reasons(device):
     assert len(reasons(dtype=torch.float64, patch_size=9, head_dim=8)) == 3
 
 
-def test_float32_follows_the_precision_setting():
-    from catkernels.kernels.launch import dot_precision
-
-    meta = torch.device("meta")
-    assert dot_precision(torch.float32, meta) == "ieee"
-    torch.set_float32_matmul_precision("high")
-    try:
-        assert dot_precision(torch.float32, meta) == "tf32"
-        assert dot_precision(torch.float16, meta) == "ieee"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_in_a_cuda_graph(device, launches):
     case = replace(PADDED, batch=64)
