@@ -250,12 +250,17 @@ class TestTrainer:
 
 DIVIDED = """
 import sys
+from pathlib import Path
+import pytest
 import torch
 from tiny_training import RECIPE, tiny_data, tiny_model, trained
 from catkernels.training.processes import joined_processes
 from catkernels.training.trainer import Trainer
 
 with joined_processes() as processes:
+    # what one raises all raise, so that none waits for it
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        processes.from_first(Path("nowhere").stat)
     trainer = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, processes)
     weights = trained(trainer)
     torch.save([weights, trainer.losses, trainer.evaluate()], f"{sys.argv[1]}/{processes.rank}.pt")
