@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from catkernels.reference import (
     fold_weights,
@@ -21,6 +20,7 @@ from catkernels.reference import (
     relative_position_index,
     split_patches,
 )
+from catkernels.transforms import is_transformed
 
 # The bytes of queries, keys and values that one slice of the batch works with, for each thread.
 # From 1 to 4 MiB all stages of CAT are within a few percent of their best on a Xeon with 2 MiB of
@@ -51,14 +51,8 @@ def serves(x: Tensor, *others: Tensor | None, dropout_p: float, return_attention
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not _is_transformed()
+        and not is_transformed()
     )
-
-
-def _is_transformed() -> bool:
-    """Whether `torch.func` transforms or forward-mode differentiation are at work."""
-    within_func = torch._C._functorch.peek_interpreter_stack() is not None
-    return within_func or forward_ad._current_level >= 0
 
 
 def ipsa_attention(

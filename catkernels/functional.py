@@ -8,6 +8,7 @@ can serve and the reference elsewhere; `unsupported_reasons` says why a call wou
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Literal
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from catkernels import cpu, reference
+from catkernels import cpu, reference, transforms
 from catkernels.ops import cpsa, ipsa
 from catkernels.ops.precision import autocast_is_on, compute_dtype
 
@@ -65,20 +66,16 @@ def ipsa_attention(
             cannot serve the call.
     """
     patch_size = check_patch_size(patch_size)
-    _check_tensor("qkv", qkv, "(B, H, W, 3C)", (None, None, None, None))
-    channels = qkv.shape[-1] // 3
-    _check_number("num_heads", num_heads, int)
-    if num_heads < 1 or channels < 1 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(
-            f"qkv has {qkv.shape[-1]} channels, which are not 3 x num_heads={num_heads} x head_dim"
-        )
-    if bias_table is not None:
-        sizes = ((2 * patch_size - 1) ** 2, num_heads)
-        _check_tensor("bias_table", bias_table, "((2N - 1)**2, heads)", sizes, like=qkv)
-    if qkv_bias is not None:
-        _check_tensor("qkv_bias", qkv_bias, "(3C,)", (3 * channels,), like=qkv)
-    _check_scale_and_dropout(scale, dropout_p)
-
+    _check_ipsa(
+        qkv,
+        bias_table,
+        num_heads=num_heads,
+        patch_size=patch_size,
+        scale=scale,
+        qkv_bias=qkv_bias,
+        dropout_p=dropout_p,
+    )
+    qkv, bias_table, qkv_bias = transforms.known_to_need_grad(qkv, bias_table, qkv_bias)
     # as autocast does for scaled_dot_product_attention: what arrives in float32 leaves in half
     qkv = qkv.to(compute_dtype(qkv))
     reasons = _ipsa_reasons(
@@ -96,7 +93,7 @@ def ipsa_attention(
             qkv_bias,
             num_heads=num_heads,
             patch_size=patch_size,
-            scale=(channels // num_heads) ** -0.5 if scale is None else scale,
+            scale=(qkv.shape[-1] // 3 // num_heads) ** -0.5 if scale is None else scale,
             dropout_p=dropout_p,
         )
     options = {
@@ -154,46 +151,18 @@ def cpsa_attention(
             cannot serve the call.
     """
     patch_size = check_patch_size(patch_size)
-    pixels = patch_size**2
-    _check_tensor("x", x, "(B, H, W, C)", (None, None, None, None))
-    dtype = compute_dtype(x)
-    weights = {
-        "qkv_weight": (qkv_weight, "(3 N*N, N*N)", (3 * pixels, pixels)),
-        "qkv_bias": (qkv_bias, "(3 N*N,)", (3 * pixels,)),
-        "proj_weight": (proj_weight, "(N*N, N*N)", (pixels, pixels)),
-        "proj_bias": (proj_bias, "(N*N,)", (pixels,)),
-    }
-    for name, (weight, axes, sizes) in weights.items():
-        if weight is None and name.endswith("bias"):
-            continue
-        _check_tensor(name, weight, axes, sizes, like=x)
-        if weight.dtype != x.dtype and (
-            torch.float64 in (weight.dtype, x.dtype) or not autocast_is_on(x.device)
-        ):
-            raise TypeError(
-                f"{name} is {weight.dtype} but x is {x.dtype}: give them one dtype or use autocast"
-            )
-    _check_scale_and_dropout(scale, dropout_p)
-
-    reasons = _cpsa_reasons(
-        x,
-        *(weight for weight, _, _ in weights.values()),
-        patch_size=patch_size,
-        return_attention=return_attention,
-    )
+    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    _check_cpsa(*arguments, patch_size=patch_size, scale=scale, dropout_p=dropout_p)
+    arguments = transforms.known_to_need_grad(*arguments)
+    reasons = _cpsa_reasons(*arguments, patch_size=patch_size, return_attention=return_attention)
     if _runs_kernels("cpsa_attention", backend, x.device, reasons):
         return cpsa.cpsa_attention(
-            x,
-            qkv_weight,
-            qkv_bias,
-            proj_weight,
-            proj_bias,
+            *arguments,
             patch_size=patch_size,
             scale=1 / patch_size if scale is None else scale,
             dropout_p=dropout_p,
-            dtype=dtype,
+            dtype=compute_dtype(x),
         )
-    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     options = {"patch_size": patch_size, "scale": scale}
     extras = {"dropout_p": dropout_p, "return_attention": return_attention}
     if cpu.serves(*arguments, **extras):
@@ -210,10 +179,16 @@ def unsupported_reasons(attention: Callable, *args, **kwargs) -> list[str]:
 
     Returns:
         One sentence a reason; an empty list where the kernels can serve the call.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise of its arguments.
     """
-    explain = {ipsa_attention: _ipsa_reasons, cpsa_attention: _cpsa_reasons}.get(attention)
-    if explain is None:
+    if attention not in (ipsa_attention, cpsa_attention):
         raise ValueError(f"attention must be ipsa_attention or cpsa_attention, got {attention!r}")
+    inspect.signature(attention).bind(*args, **kwargs)
+    is_ipsa = attention is ipsa_attention
+    check, explain = (_check_ipsa, _ipsa_reasons) if is_ipsa else (_check_cpsa, _cpsa_reasons)
+    check(*args, **kwargs)
     return explain(*args, **kwargs)
 
 
@@ -245,6 +220,7 @@ def ipsa_runs_kernels(x: Tensor, *, head_dim: int, patch_size: int, backend: Bac
         head_dim=head_dim,
         patch_size=patch_size,
     )
+    reasons += _transform_reasons(torch.is_grad_enabled())
     return _runs_kernels("ipsa_attention", backend, x.device, reasons)
 
 
@@ -263,31 +239,42 @@ def _ipsa_reasons(
         dtype=compute_dtype(qkv),
         head_dim=qkv.shape[-1] // 3 // num_heads,
         patch_size=check_patch_size(patch_size),
-        needs_grad=_needs_grad(qkv, bias_table, qkv_bias),
     )
+    reasons += _transform_reasons(_needs_grad(qkv, bias_table, qkv_bias))
     return reasons + _attention_map_reasons(return_attention)
 
 
 def _cpsa_reasons(
     x,
     qkv_weight,
-    qkv_bias=None,
-    proj_weight=None,
-    proj_bias=None,
+    qkv_bias,
+    proj_weight,
+    proj_bias,
     *,
     patch_size,
     return_attention=False,
     **_,
 ) -> list[str]:
     patch_size = check_patch_size(patch_size)
+    needs_grad = _needs_grad(x, qkv_weight, qkv_bias, proj_weight, proj_bias)
     reasons = cpsa.unsupported_reasons(
         device=x.device,
         dtype=compute_dtype(x),
         patch_size=patch_size,
         num_patches=-(-x.shape[1] // patch_size) * -(-x.shape[2] // patch_size),
-        needs_grad=_needs_grad(x, qkv_weight, qkv_bias, proj_weight, proj_bias),
+        needs_grad=needs_grad,
     )
+    reasons += _transform_reasons(needs_grad)
     return reasons + _attention_map_reasons(return_attention)
+
+
+def _transform_reasons(needs_grad: bool) -> list[str]:
+    reasons = []
+    if transforms.is_forward_mode():
+        reasons.append("forward-mode differentiation: the kernels only have a backward pass")
+    if needs_grad and transforms.is_vmap():
+        reasons.append("gradients under torch.func.vmap: the kernels' have no batching rule")
+    return reasons
 
 
 def _attention_map_reasons(return_attention: bool) -> list[str]:
@@ -304,6 +291,57 @@ def _runs_kernels(
             "Use backend='auto' or 'reference'."
         )
     return backend == "triton" or (backend == "auto" and device.type != "cpu" and not reasons)
+
+
+def _check_ipsa(
+    qkv,
+    bias_table=None,
+    *,
+    num_heads,
+    patch_size,
+    scale=None,
+    qkv_bias=None,
+    dropout_p=0.0,
+    **_,
+) -> None:
+    patch_size = check_patch_size(patch_size)
+    _check_tensor("qkv", qkv, "(B, H, W, 3C)", (None, None, None, None))
+    channels = qkv.shape[-1] // 3
+    _check_number("num_heads", num_heads, int)
+    if num_heads < 1 or channels < 1 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"qkv has {qkv.shape[-1]} channels, which are not 3 x num_heads={num_heads} x head_dim"
+        )
+    if bias_table is not None:
+        sizes = ((2 * patch_size - 1) ** 2, num_heads)
+        _check_tensor("bias_table", bias_table, "((2N - 1)**2, heads)", sizes, like=qkv)
+    if qkv_bias is not None:
+        _check_tensor("qkv_bias", qkv_bias, "(3C,)", (3 * channels,), like=qkv)
+    _check_scale_and_dropout(scale, dropout_p)
+
+
+def _check_cpsa(
+    x, qkv_weight, qkv_bias, proj_weight, proj_bias, *, patch_size, scale=None, dropout_p=0.0, **_
+) -> None:
+    pixels = check_patch_size(patch_size) ** 2
+    _check_tensor("x", x, "(B, H, W, C)", (None, None, None, None))
+    weights = {
+        "qkv_weight": (qkv_weight, "(3 N*N, N*N)", (3 * pixels, pixels)),
+        "qkv_bias": (qkv_bias, "(3 N*N,)", (3 * pixels,)),
+        "proj_weight": (proj_weight, "(N*N, N*N)", (pixels, pixels)),
+        "proj_bias": (proj_bias, "(N*N,)", (pixels,)),
+    }
+    for name, (weight, axes, sizes) in weights.items():
+        if weight is None and name.endswith("bias"):
+            continue
+        _check_tensor(name, weight, axes, sizes, like=x)
+        if weight.dtype != x.dtype and (
+            torch.float64 in (weight.dtype, x.dtype) or not autocast_is_on(x.device)
+        ):
+            raise TypeError(
+                f"{name} is {weight.dtype} but x is {x.dtype}: give them one dtype or use autocast"
+            )
+    _check_scale_and_dropout(scale, dropout_p)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -26,8 +26,10 @@ def read_photo(path: Path, size: int) -> PIL.Image.Image:
     try:
         with PIL.Image.open(path) as opened:
             photo = _in_8_bits(PIL.ImageOps.exif_transpose(opened)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+    # of a corrupt file Pillow's plugins raise anything, AttributeError and RuntimeError included
+    except Exception as error:
+        why = str(error) or type(error).__name__
+        raise ValueError(f"cannot read the image {path}: {why}") from error
     return middle_square(photo, size)
 
 

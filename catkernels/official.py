@@ -68,6 +68,7 @@ class AlwaysCheckpointedLayer(CATLayer):
     """The stage of the official classification and segmentation code, which ignores the option."""
 
     def run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        # both branches, as there: by the second `patch` recognises such a layer and reports it
         if self.use_checkpoint:
             tokens = checkpoint(block, tokens, use_reentrant=False)
         else:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_training import write_corrupt_dds
 
 from catkernels import demo, official
 from catkernels.__main__ import main
@@ -77,6 +78,7 @@ def test_deep_grey_images_are_scaled_not_clipped(tmp_path):
     ("arguments", "message"),
     [
         (["--image", "{text}"], "cannot read the image"),
+        (["--image", "{corrupt}"], "corrupt.dds: Unimplemented pixel format"),
         (["--image", "nowhere.jpg"], "No such file"),
         (["--model", "cat_huge"], "invalid choice: 'cat_huge'"),
         (["--checkpoint", "{text}"], "is no checkpoint that torch.save wrote"),
@@ -92,6 +94,7 @@ def test_demo_errors_are_one_line_and_exit_2(arguments, message, tmp_path, capfd
     (tmp_path / "text.txt").write_text("neither an image nor weights")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     files = {"text": tmp_path / "text.txt", "other": tmp_path / "other.pth"}
+    files["corrupt"] = write_corrupt_dds(tmp_path / "corrupt.dds")
     arguments = [argument.format(**files) for argument in arguments]
     if "--model" not in arguments:
         arguments += ["--model", "cat_tiny"]

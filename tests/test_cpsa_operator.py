@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cpsa_cases import (
@@ -65,8 +67,6 @@ def test_function_transforms():
     assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
     with torch.no_grad():
         assert torch.equal(torch.func.vmap(loss)(x[None]), loss(x)[None])
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(torch.func.grad(loss))(x[None])
 
 
 @pytest.mark.parametrize("patches", [1, 2])
@@ -145,3 +145,8 @@ def test_unsupported_reasons_name_each_reason(monkeypatch):
     monkeypatch.setattr(cpsa, "device_reasons", lambda device: [])
     assert "TF32" in reasons(dtype=FP32)[0]
     assert reasons(dtype=FP32, num_patches=1) == reasons(dtype=FP32, needs_grad=False) == []
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for name, served in (("gfx942:sramecc+:xnack-", True), ("gfx1100", False)):
+        gpu = SimpleNamespace(gcnArchName=name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        assert bool(reasons(dtype=FP32, device=torch.device("cuda", 0))) != served

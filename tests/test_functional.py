@@ -258,9 +258,12 @@ IPSA_ERRORS = {
 @pytest.mark.parametrize("case", IPSA_ERRORS)
 def test_ipsa_errors_name_the_argument(case):
     change, kind, message = IPSA_ERRORS[case]
-    arguments = {**make_ipsa_inputs(SHAPE), "num_heads": 3, "patch_size": 7}
+    arguments = {**make_ipsa_inputs(SHAPE), "num_heads": 3, "patch_size": 7} | change
     with pytest.raises(kind, match=message):
-        catkernels.ipsa_attention(**(arguments | change))
+        catkernels.ipsa_attention(**arguments)
+    if case != "backend":
+        with pytest.raises(kind, match=message):
+            catkernels.unsupported_reasons(catkernels.ipsa_attention, **arguments)
 
 
 CPSA_ERRORS = {
@@ -292,9 +295,18 @@ CPSA_ERRORS = {
 @pytest.mark.parametrize("case", CPSA_ERRORS)
 def test_cpsa_errors_name_the_argument(case):
     change, kind, message = CPSA_ERRORS[case]
-    arguments = {**make_cpsa_inputs(SHAPE), "patch_size": 7}
+    arguments = {**make_cpsa_inputs(SHAPE), "patch_size": 7} | change
     with pytest.raises(kind, match=message):
-        catkernels.cpsa_attention(**(arguments | change))
+        catkernels.cpsa_attention(**arguments)
+    if case != "backend":
+        with pytest.raises(kind, match=message):
+            catkernels.unsupported_reasons(catkernels.cpsa_attention, **arguments)
+
+
+def test_unsupported_reasons_of_a_call_that_lacks_an_argument():
+    arguments = list(make_cpsa_inputs(SHAPE).values())[:3]
+    with pytest.raises(TypeError, match="missing a required argument: 'proj_weight'"):
+        catkernels.unsupported_reasons(catkernels.cpsa_attention, *arguments, patch_size=7)
 
 
 def test_patch_size_as_a_pair():

@@ -154,12 +154,28 @@ def test_errors_are_one_line_and_exit_2(photos, tmp_path, capfd, arguments, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_divides_it_without_further_flags(photos, tmp_path):
-    command = train_command(photos, tmp_path / "run", "--epochs", "2")
-    output = torchrun(2, "-m", "catkernels", *command)
+FOLDERS = """
+import os, sys
+from catkernels.__main__ import main
+sys.exit(main([argument.format(**os.environ) for argument in sys.argv[1:]]))
+"""
+
+
+def test_torchrun_divides_it_without_further_flags(photos, tmp_path, capsys):
+    (tmp_path / "folders.py").write_text(FOLDERS)
+    # each process with a folder of its own, as on machines that share none
+    command = train_command(photos, tmp_path / "run{RANK}", "--epochs", "2")
+    output = torchrun(2, str(tmp_path / "folders.py"), *command)
     assert "fp32 on cpu and 1 more" in output
     assert output.count("test accuracy") == 3
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run0" / "model.safetensors").exists()
+    assert not (tmp_path / "run1").exists()
+
+    output = torchrun(2, str(tmp_path / "folders.py"), *command, "--resume")
+    assert "resumed after step 4 of 4" in output
+    alone = train_command(photos, tmp_path / "run0", "--epochs", "2", "--resume")
+    assert main(alone) == 2
+    assert "processes was 2 and is now 1: start it as it was started" in capsys.readouterr().err
 
 
 THREADS = """

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_process import torchrun
-from tiny_training import RECIPE, tiny_data, tiny_model, trained, write_photos
+from tiny_training import (
+    RECIPE,
+    tiny_data,
+    tiny_model,
+    trained,
+    write_corrupt_dds,
+    write_photos,
+)
 
 from catkernels.training.data import Augmentation, digits_data, folder_data, warp
 from catkernels.training.processes import Processes
@@ -65,11 +72,13 @@ class TestData:
         (photos / "dark" / "0.png").write_bytes(whole[: len(whole) // 2])
         (photos / "light" / "3.png").write_text("no image")
         (photos / "light" / "notes.txt").write_text("passed over")
+        write_corrupt_dds(photos / "light" / "corrupt.dds")
         data = folder_data(photos, 8, Processes(), strict=False)
         assert len(data.train) + len(data.test) == 18
-        assert len(data.unreadable) == 2
+        assert len(data.unreadable) == 3
         assert "0.png: image file is truncated" in data.unreadable[0]
         assert "3.png: cannot identify image file" in data.unreadable[1]
+        assert "corrupt.dds: Unimplemented pixel format" in data.unreadable[2]
         with pytest.raises(ValueError, match=r"truncated.*leave out --strict"):
             folder_data(photos, 8, Processes(), strict=True)
 
@@ -241,12 +250,17 @@ class TestTrainer:
 
 DIVIDED = """
 import sys
+from pathlib import Path
+import pytest
 import torch
 from tiny_training import RECIPE, tiny_data, tiny_model, trained
 from catkernels.training.processes import joined_processes
 from catkernels.training.trainer import Trainer
 
 with joined_processes() as processes:
+    # what one raises all raise, so that none waits for it
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        processes.from_first(Path("nowhere").stat)
     trainer = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, processes)
     weights = trained(trainer)
     torch.save([weights, trainer.losses, trainer.evaluate()], f"{sys.argv[1]}/{processes.rank}.pt")

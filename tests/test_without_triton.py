@@ -47,7 +47,10 @@ def test_the_command_line_says_so():
 
 
 def test_importing_is_light():
-    """No kernel of ours, plotting or data package is imported before it is needed."""
+    """No kernel of ours, plotting or data package is imported before it is needed.
+
+    Triton itself is, by PyTorch's FLOP counter.
+    """
     loaded = run_python(
         """
         import sys

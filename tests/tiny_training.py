@@ -45,6 +45,15 @@ def trained(trainer: Trainer, until_step: int | None = None) -> dict[str, torch.
     return {name: value.clone() for name, value in trainer.model.state_dict().items()}
 
 
+def write_corrupt_dds(path: Path) -> Path:
+    """An image of a pixel format that Pillow meets with a NotImplementedError."""
+    Image.new("RGB", (4, 4)).save(path)
+    content = bytearray(path.read_bytes())
+    content[80:88] = b"\x04\0\0\0XXXX"
+    path.write_bytes(content)
+    return path
+
+
 def write_photos(folder: Path, count: int = 10, classes: tuple[str, ...] = ("dark", "light")):
     """Images of noise, lighter from class to class, in a folder for each class."""
     generator = np.random.default_rng(0)

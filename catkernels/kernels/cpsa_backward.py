@@ -307,7 +307,7 @@ def cpsa_backward(
 
     with on_device(x.device):
         matrices, constants = prepare_weights(folded, None, patch_size, grad.dtype)
-        attention = attention_arguments(seed, dropout_p, grad.dtype, x.device)
+        attention = attention_arguments(seed, dropout_p, grad.dtype)
         attention.update(matrices_ptr=matrices, constants_ptr=constants)
         if backward_takes_tokens(problem):
             tokens, grad_tokens = (to_tokens(t, problem, grad.dtype) for t in (x, grad))

@@ -171,7 +171,7 @@ def cpsa_forward(
     problem = Problem.of(x, patch_size)
     with on_device(x.device):
         matrices, constants = prepare_weights(folded, bias, patch_size, dtype)
-        attention = attention_arguments(seed, dropout_p, dtype, x.device)
+        attention = attention_arguments(seed, dropout_p, dtype)
         attention.update(matrices_ptr=matrices, constants_ptr=constants)
         launch = forward_launch(problem, dtype, x.device)
         if launch is None:

@@ -80,7 +80,7 @@ class Problem:
         return {"num_channels": self.channels, "num_patches": self.num_patches}
 
 
-def attention_arguments(seed: Tensor | None, dropout_p: float, dtype: torch.dtype, device) -> dict:
+def attention_arguments(seed: Tensor | None, dropout_p: float, dtype: torch.dtype) -> dict:
     """The arguments of kernels that attend."""
     # dropout decides with 16 random bits, and rescales by what that makes of its probability
     drop_threshold = min(round(dropout_p * 2**16), 2**16 - 1)
@@ -88,7 +88,7 @@ def attention_arguments(seed: Tensor | None, dropout_p: float, dtype: torch.dtyp
         "seed_ptr": seed,
         "drop_threshold": drop_threshold,
         "keep_scale": 2**16 / (2**16 - drop_threshold),
-        "PRECISION": dot_precision(dtype, device),
+        "PRECISION": dot_precision(dtype),
     }
 
 

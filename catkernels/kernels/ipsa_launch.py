@@ -80,7 +80,7 @@ class Problem:
         """The problem of a map (B, H, W, 3C), whose device must be the current one."""
         *sizes, channels = qkv.shape
         head_dim = channels // (3 * num_heads)
-        precision = dot_precision(qkv.dtype, qkv.device)
+        precision = dot_precision(qkv.dtype)
         options = (scale, dropout_p, qkv.dtype, qkv.device, precision)
         return cls(*sizes, num_heads, head_dim, patch_size, *options)
 

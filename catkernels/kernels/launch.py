@@ -30,7 +30,11 @@ def architecture(device: torch.device) -> str:
         return DEFAULT
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
-        return CDNA
+        # RDNA (gfx10 and later) has half as many threads to a warp, and no float32 matrix products
+        return CDNA if target.arch.startswith(CDNA) else DEFAULT
+    if target.backend != "cuda":
+        # an XPU's is no number, but a dictionary of its properties
+        return DEFAULT
     # sm_120 is absent on purpose: consumer Blackwell multiplies with Ampere's instructions
     return {9: HOPPER, 10: BLACKWELL}.get(target.arch // 10, AMPERE)
 
@@ -47,9 +51,10 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.get_device_module(device).device(device)
 
 
-def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """``input_precision`` of `tl.dot`: float32 follows torch's setting for float32 products."""
-    follows_tf32 = dtype == torch.float32 and architecture(device) != CDNA
+    # the setting is of NVIDIA's products; most of AMD's GPUs have none like them
+    follows_tf32 = dtype == torch.float32 and torch.version.hip is None
     return (
         "tf32" if follows_tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     )

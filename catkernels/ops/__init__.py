@@ -1,2 +1,2 @@
-"""The operators as PyTorch sees them: schemas, fakes and autograd Functions. Triton is imported
-only when an operator runs."""
+"""The operators as PyTorch sees them: schemas, fakes and autograd Functions. The kernels are
+imported only when an operator runs."""

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.device import device_reasons, interpreting
+from catkernels.ops.device import (
+    device_reasons,
+    interpreting,
+    multiplies_float32_matrices,
+)
 from catkernels.ops.operator import call_once_differentiable, define_operator
 from catkernels.ops.precision import allows_tf32
 from catkernels.reference import fold_weights
@@ -34,13 +38,15 @@ def unsupported_reasons(
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, not in {dtype}")
     if patch_size > MAX_PATCH_SIZE:
         reasons.append(f"the kernels take patch sizes up to {MAX_PATCH_SIZE}, not {patch_size}")
-    # exact products have matrix instructions on AMD only, elsewhere their terms spill
-    exact = torch.version.hip is None and not allows_tf32()
-    if needs_grad and dtype == torch.float32 and num_patches > 1 and exact and not interpreting():
-        reasons.append(
-            "the backward pass of more than one patch in float32 needs TF32 products: exact ones do"
-            " not fit in registers (torch.backends.cuda.matmul.fp32_precision is not 'tf32')"
-        )
+    if needs_grad and dtype == torch.float32 and num_patches > 1 and not interpreting():
+        # without matrix instructions the terms of exact products spill
+        exact = torch.version.hip is not None or not allows_tf32()
+        if exact and not multiplies_float32_matrices(device):
+            reasons.append(
+                "the backward pass of more than one patch in float32 needs TF32 products or "
+                "CDNA: exact ones do not fit in the registers of other devices "
+                "(torch.backends.cuda.matmul.fp32_precision is not 'tf32', or nothing to AMD's)"
+            )
     return reasons
 
 

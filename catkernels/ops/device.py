@@ -35,6 +35,17 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+def multiplies_float32_matrices(device: torch.device) -> bool:
+    """Whether a device has matrix instructions for exact float32 products, as AMD's CDNA has."""
+    if torch.version.hip is None or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9")
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler.
+multiplies_float32_matrices._dynamo_marked_constant = True
+
+
 def device_reasons(device: torch.device) -> list[str]:
     """Why Triton kernels cannot run on tensors of ``device``; empty where they can."""
     reasons = []

@@ -21,7 +21,13 @@ def unsupported_reasons(
     patch_size: int,
     needs_grad: bool = True,
 ) -> list[str]:
-    """Why the kernels cannot serve such a call, gradients included; empty where they can."""
+    """Why the kernels cannot serve such a call; empty where they can.
+
+    Args:
+        dtype: what the call computes with and returns.
+        needs_grad: as of `cpsa.unsupported_reasons`; here the backward pass takes what the forward
+            pass takes.
+    """
     reasons = device_reasons(device)
     if dtype not in DTYPES:
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, not in {dtype}")

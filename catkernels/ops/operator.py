@@ -30,7 +30,8 @@ def define_operator(
     torch.library.register_fake(f"catkernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.catkernels, name)
     if TRITON_IS_INSTALLED:
-        # imports Triton, and would complain where it is missing
+        # imports Triton, and would complain where it is missing; a counter reads the formulas when
+        # it is made, which may be before any operator runs
         from torch.utils.flop_counter import register_flop_formula
 
         register_flop_formula(operator)(flops)

@@ -92,8 +92,9 @@ def run(
             "drop_path": options["drop_path_rate"],
             **asdict(recipe),
         }
-        folder = RunFolder(output, described)
-        state = folder.resume(resume)
+        folder = RunFolder(output, described, processes.count)
+        # for all, since the others may be on machines that do not have the folder
+        state = processes.from_first(lambda: folder.resume(resume))
         # no name for the trainer, which must be gone when the processes part
         _train(Trainer(network, images, recipe, processes, workers), folder, state)
 

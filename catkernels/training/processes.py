@@ -44,11 +44,24 @@ class Processes:
         return values
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns in the first process, which alone does it."""
-        results = [work() if self.is_first else None]
+        """What ``work`` returns in the first process, which alone does it.
+
+        Raises:
+            OSError, ValueError: what ``work`` raised there, in every process.
+        """
+        result = error = None
+        if self.is_first:
+            try:
+                result = work()
+            except (OSError, ValueError) as raised:
+                error = raised
+        outcome = [result, error]
         if self.count > 1:
-            dist.broadcast_object_list(results)
-        return results[0]
+            dist.broadcast_object_list(outcome)
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class RunFolder:
     Args:
         path: the folder.
         options: what the run is of; `resume` asks that it be the same.
+        processes: how many train; `resume` asks that as well, since each draws its own DropPath.
 
     Attributes:
         weights: path of the model's state_dict, written when the training is done.
@@ -39,9 +40,10 @@ class RunFolder:
         curve: path of a picture of it.
     """
 
-    def __init__(self, path: Path, options: dict) -> None:
+    def __init__(self, path: Path, options: dict, processes: int) -> None:
         self.path = path
         self.options = options
+        self.resumed_only_with = options | {"processes": processes}
         self.weights = path / "model.safetensors"
         self.checkpoint = path / "checkpoint.pt"
         self.metrics = path / "metrics.csv"
@@ -73,13 +75,13 @@ class RunFolder:
             ) from e
         changed = [
             f"{name} was {options.get(name)!r} and is now {value!r}"
-            for name, value in self.options.items()
+            for name, value in self.resumed_only_with.items()
             if options.get(name) != value
         ]
         if changed:
             raise ValueError(
                 f"--resume goes on with the run in {self.path}, but {', '.join(changed)}: "
-                "give the options it was started with"
+                "start it as it was started"
             )
         return state
 
@@ -88,7 +90,7 @@ class RunFolder:
         return time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
 
     def save_checkpoint(self, state: dict) -> None:
-        content = {"options": self.options, "state": state}
+        content = {"options": self.resumed_only_with, "state": state}
         write_atomically(self.checkpoint, lambda file: torch.save(content, file))
         self.saved_at = time.monotonic()
 

@@ -1,0 +1,41 @@
+"""Which of PyTorch's function transforms a call is made within."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether tensors may carry tangents, by `torch.func.jvp` and its kin or by a dual level."""
+    return forward_ad._current_level >= 0
+
+
+def is_vmap() -> bool:
+    """Whether `torch.func.vmap` is among the transforms at work."""
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(transform.key() == functorch.TransformType.Vmap for transform in stack)
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler. The answers
+# are constants of a graph, since by itself it only serves the transforms that it was made within.
+for _question in (is_transformed, is_forward_mode, is_vmap):
+    _question._dynamo_marked_constant = True
+
+
+def known_to_need_grad(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, such that ``requires_grad`` of each is true to what is differentiated.
+
+    Compiled, the very arguments of `torch.func.grad` deny that they need a gradient, and so would
+    silently get zero; what is made of them says the truth.
+    """
+    if torch.compiler.is_dynamo_compiling() and is_transformed():
+        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
+    return tensors
