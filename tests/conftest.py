@@ -7,7 +7,12 @@ import os
 import hypothesis
 import pytest
 import torch
-from interpreter import device, launches, round_to_nearest_bf16  # noqa: F401 (fixtures)
+from interpreter import (  # noqa: F401 (fixtures)
+    device,
+    launches,
+    round_to_nearest_bf16,
+    tf32_on_gpus,
+)
 
 # Without a GPU the kernels run in Triton's interpreter, which must be on before Triton is imported.
 if not torch.cuda.is_available():
@@ -58,7 +63,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(function):
         def poisoned(*args, **kwargs):
             tensor = function(*args, **kwargs)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         return poisoned
 
