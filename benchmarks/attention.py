@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks import harness, roofline
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import Work
-from catkernels.testing import Shape, cat_stages
+from catkernels.testing import Shape, cat_stages, tf32_products
 
 ROUNDS = 15
 TRIAL_SHAPE = Shape("trial", batch=2, height=14, width=21, channels=64, num_heads=2)
@@ -196,7 +196,8 @@ def official_results(
 ) -> dict[str, Tensor]:
     """What the official operations make of the inputs in ``dtype``, computed in another one."""
     inputs = make_leaves.__wrapped__(attention, shape, dtype, computed_in)
-    return results(attention.providers["official"](shape, inputs), inputs, with_gradients)
+    with tf32_products():
+        return results(attention.providers["official"](shape, inputs), inputs, with_gradients)
 
 
 def serving(reasons: list[str]) -> str:

@@ -113,7 +113,8 @@ def _attention_table(rows: list[dict]) -> Iterator[str]:
         if row.get("sweep") == "stages" and row["provider"] == "catkernels":
             model, stage, *_ = row["name"].split("-")
             key = (row["operation"].upper(), MODELS[model], row["batch"], row["dtype"])
-            lines.setdefault((*key, row["direction"]), {})[stage] = _cell(row)
+            peer = best_peer(row, rows)
+            lines.setdefault((*key, row["direction"]), {})[stage] = _cell(row, peer)
     if not lines:
         return
     yield "| attention | model | batch | dtype | pass | stage 1 | stage 2 | stage 3 | stage 4 |"
@@ -137,20 +138,42 @@ def _model_table(rows: list[dict]) -> Iterator[str]:
     yield ""
 
 
-def _cell(row: dict) -> str:
-    """A time and its speed-up over the official operations of the same rounds."""
+def best_peer(row: dict, rows: list[dict]) -> dict | None:
+    """Of the other providers' rows of the same case the one with the largest speed-up, if any."""
+    case = ("operation", "name", "dtype", "direction")
+    peers = [
+        other
+        for other in rows
+        if other["provider"] not in ("official", row["provider"])
+        and all(other[key] == row[key] for key in case)
+    ]
+    return max(peers, key=lambda peer: peer["speedup"], default=None)
+
+
+def _cell(row: dict, peer: dict | None = None) -> str:
+    """A time and its speed-up over the official operations of the same rounds, and a peer's."""
+    beside = ""
+    if peer is not None:
+        beside = f" ({peer['provider']} {peer['speedup']:.2f}x{_noisy(peer)})"
     share = f", {row['percent_of_roofline']:.0f} %" if row["operation"] != "model" else ""
     note = ", reference" if row.get("served_by", "").startswith("reference") else ""
-    noisy = " \\*" if row["void"] else ""
-    return f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x{share}{note}{noisy}"
+    time = f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x"
+    return f"{time}{beside}{share}{note}{_noisy(row)}"
+
+
+def _noisy(row: dict) -> str:
+    return " \\*" if row["void"] else ""
 
 
 def render(devices: list[Device]) -> str:
     """What stands between the README's markers."""
     lines = [
-        "Each cell has this package's time, its speed-up over the official operations, timed in",
-        "turn with it, and for the attentions the share of the roofline: the least bytes and",
-        "products at the device's measured speed of copying and multiplying.",
+        "Each cell has this package's time and its speed-up over the official operations, timed",
+        "in turn with it. For the attentions the fastest peer's speed-up stands in brackets:",
+        "`sdpa` is `torch.nn.functional.scaled_dot_product_attention` on partitioned tensors,",
+        "`compiled` the official operations through `torch.compile`, `flex` FlexAttention. Then",
+        "comes this package's share of the roofline: the least bytes and products at the device's",
+        "measured speed of copying and multiplying.",
         "",
     ]
     for device in devices:

@@ -4,7 +4,7 @@
 #   bash benchmarks/run_gpu.sh OUT [part ...]
 #
 #   check     the tests on the device
-#   sanitize  compute-sanitizer on maps of few windows, where it is installed
+#   sanitize  compute-sanitizer's four tools on maps of few windows, where it is installed
 #   stress    1000 launches of each kernel, bit for bit the same
 #   ipsa cpsa model   the benchmarks
 #   convergence   300 steps of training by each backend, in fp32 and bf16, curves side by side
@@ -13,11 +13,13 @@
 #
 # Without parts, all of them in this order. OUT gets log.txt and one file for each part that
 # measures; `python -m benchmarks.report OUT/{ipsa,cpsa,model}.json` then makes the README's tables
-# and the figures.
+# and the figures. A part that runs out of time keeps what it has; tune goes on with its file when
+# it is run again.
 # Nothing is installed or downloaded: the package is taken from this checkout.
 #
-# Where there is no GPU each part runs at a tiny size, the kernels in Triton's interpreter: it shows
-# that the part works, and no figure in OUT means anything.
+# Where there is no GPU each part runs at a tiny size: it shows that the part works, and no figure
+# in OUT means anything. The kernels then run in Triton's interpreter, but in ipsa, cpsa and model,
+# which take what serves on a CPU.
 set -euo pipefail
 
 part_seconds=530      # what a part may take
@@ -39,8 +41,15 @@ if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
     interpreted=(env TRITON_INTERPRET=1)
 fi
 
+# within SECONDS COMMAND...: interrupted then, so that pytest still tells what has failed so far
+within() {
+    local seconds=$1
+    shift
+    timeout --signal=INT --kill-after=10 "$seconds" "$@"
+}
+
 timed() {
-    timeout --kill-after=10 "$part_seconds" "$@"
+    within "$part_seconds" "$@"
 }
 
 # tests SELECTION...: pytest without the files it would leave in the checkout
@@ -62,16 +71,41 @@ unless_installed() {
 check() {
     if ((${#trial[@]})); then
         tests tests/test_benchmarks.py tests/test_stress.py -k "few or wrong or work"
-    else
-        tests -rs tests
+        return
     fi
+    # Most of their time these tests compile, each process on a core of its own. Without job control
+    # what is in the background would not hear the interrupt.
+    set -m
+    local apart=(tests/test_ipsa_kernels.py tests/test_cpsa_kernels.py)
+    local file pid pids=() failed=0
+    for file in "${apart[@]}"; do
+        tests -rs "$file" >"$out/$(basename "$file" .py).txt" 2>&1 &
+        pids+=($!)
+    done
+    tests -rs tests "${apart[@]/#/--ignore=}" || failed=1
+    for pid in "${pids[@]}"; do
+        wait "$pid" || failed=1
+    done
+    for file in "${apart[@]}"; do
+        echo "-- $file"
+        cat "$out/$(basename "$file" .py).txt"
+        rm "$out/$(basename "$file" .py).txt"
+    done
+    return "$failed"
 }
 
 sanitize() {
     unless_installed compute-sanitizer && return
-    # every tensor its own allocation, so that what lies beside it is out of bounds
-    timed env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-        python3 -m pytest -p no:cacheprovider -q -rs tests/test_stress.py -k few
+    local tool failed=0
+    for tool in memcheck racecheck initcheck synccheck; do
+        echo "-- $tool"
+        # every tensor its own allocation, so that what lies beside it is out of bounds
+        within $((part_seconds / 4)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            python3 -m pytest -p no:cacheprovider -q -rs tests/test_stress.py -k few-padded ||
+            failed=1
+    done
+    return "$failed"
 }
 
 stress() {
@@ -88,8 +122,9 @@ model() { benchmarks model; }
 
 convergence() {
     local steps=300
-    ((${#trial[@]})) && steps=3
-    timed python3 -m benchmarks.convergence --steps "$steps" --save "$out/convergence.png"
+    ((${#trial[@]})) && steps=1
+    timed "${interpreted[@]}" python3 -m benchmarks.convergence --steps "$steps" \
+        --save "$out/convergence.png"
 }
 
 tune() {

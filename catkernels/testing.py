@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from catkernels.ops.precision import allows_tf32
+
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.baddbmm}
 
 
 @dataclass(frozen=True)
@@ -138,3 +144,33 @@ def assert_draws_within_error_budget(
     assert pools, f"{label}: nothing was drawn"
     for name, pool in pools.items():
         assert_within_error_budget(*map(torch.cat, pool), f"{label}: {name}")
+
+
+def tf32_products() -> contextlib.AbstractContextManager:
+    """Where torch's setting allows TF32, a context in which plain PyTorch's products do use it.
+
+    By itself PyTorch takes exact products for sizes that suit tensor cores badly, such as tokens of
+    49 pixels, and is then more exact than the setting asks for.
+    """
+    return _TF32Products() if allows_tf32() else contextlib.nullcontext()
+
+
+class _TF32Products(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        options = options or {}
+        # in inference mode what consists of products comes here whole
+        with self:
+            result = operator.decompose(*arguments, **options)
+        if result is not NotImplemented:
+            return result
+        if operator.overloadpacket in PRODUCTS:
+            *added, left, right = arguments
+            arguments = (*added, _cut(left), _cut(right))
+        return operator(*arguments, **options)
+
+
+def _cut(operand: Tensor) -> Tensor:
+    """Without the 13 bits that tensor cores do not read."""
+    if operand.dtype != torch.float32:
+        return operand
+    return (operand.view(torch.int32) & ~0x1FFF).view(torch.float32)

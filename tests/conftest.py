@@ -7,7 +7,12 @@ import os
 import hypothesis
 import pytest
 import torch
-from interpreter import device, launches, round_to_nearest_bf16  # noqa: F401 (fixtures)
+from interpreter import (  # noqa: F401 (fixtures)
+    device,
+    launches,
+    round_to_nearest_bf16,
+    tf32_on_gpus,
+)
 
 # Without a GPU the kernels run in Triton's interpreter, which must be on before Triton is imported.
 if not torch.cuda.is_available():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from catkernels import reference
 from catkernels.ops import cpsa
-from catkernels.testing import Shape, assert_within_error_budget, make_cpsa_inputs
+from catkernels.testing import Shape, assert_within_error_budget, make_cpsa_inputs, tf32_products
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("out", "x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
@@ -63,7 +63,8 @@ def compared(
     if grad is None:
         grad = make_grad(inputs, dtype)
     actual = with_gradients(kernels(dtype=dtype), inputs, grad, dtype, **options)
-    same_dtype = with_gradients(reference.cpsa_attention, inputs, grad, dtype, **options)
+    with tf32_products():
+        same_dtype = with_gradients(reference.cpsa_attention, inputs, grad, dtype, **options)
     float64 = with_gradients(reference.cpsa_attention, inputs, grad, torch.float64, **options)
     assert all(result is None or result.dtype == dtype for result in actual)
     everything = zip(NAMES, actual, same_dtype, float64, strict=True)

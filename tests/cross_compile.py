@@ -5,6 +5,7 @@ Triton's interpreter must be off, so tests do this in a process of their own: `i
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -15,7 +16,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 # name -> (backend, architecture, threads of a warp, bytes of shared memory that a program may use)
 TARGETS = {
@@ -92,8 +96,31 @@ def compiling_for(target: str) -> Iterator[list[Resources]]:
         triton.runtime.driver._active = previous
 
 
-def table(results: dict[object, list[dict]]) -> Iterator[list[str]]:
-    """The rows of a recorded table: what each kernel of each configuration needs."""
+def triton_version() -> tuple[int, int]:
+    major, minor, *_ = version("triton").split(".")
+    return int(major), int(minor)
+
+
+def record(name: str, results: dict[object, list[dict]]) -> None:
+    """Write down what each kernel of each configuration needs under the installed Triton."""
+    with _record_path(name).open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(_table(results))
+
+
+def compare_with_record(name: str, results: dict[object, list[dict]]) -> None:
+    """Assert that the record of the installed Triton says the same; without one, skip the test."""
+    path = _record_path(name)
+    if not path.exists():
+        pytest.skip(f"the bars hold; nothing to compare with: tests/data has no {path.name}")
+    with path.open(newline="") as file:
+        assert list(csv.reader(file)) == list(_table(results))
+
+
+def _record_path(name: str) -> Path:
+    return Path(__file__).parent / "data" / f"{name}_triton_{version('triton')}.csv"
+
+
+def _table(results: dict[object, list[dict]]) -> Iterator[list[str]]:
     yield ["configuration", "kernel", *COLUMNS]
     for configuration, kernels in results.items():
         for kernel in kernels:

@@ -35,6 +35,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 @pytest.fixture
+def tf32_on_gpus() -> Iterator[None]:
+    """Let float32 products be TF32 on a GPU, which has no backward pass of CPSA for exact ones."""
+    from catkernels.ops import cpsa
+
+    before = torch.get_float32_matmul_precision()
+    if not cpsa.interpreting():
+        torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
 def round_to_nearest_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter round float32 to bfloat16 as GPUs do; by itself it truncates."""
     import triton.language as tl

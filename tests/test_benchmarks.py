@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import catkernels.cpu
-from benchmarks import attention, figures, harness, report, roofline
+from benchmarks import attention, figures, harness, report, roofline, tune
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.roofline import Ceilings, Work
+from catkernels import testing
+from catkernels.ops import cpsa
 from catkernels.testing import Shape
 
 SMALL = Shape("two windows", batch=1, height=2, width=4, channels=8, num_heads=2, patch_size=2)
@@ -64,6 +66,21 @@ def test_the_binding_ceiling():
     assert ceilings.bound(Work(200, 1000)) == "memory"
     assert ceilings.least_s(Work(100, 5000)) == 5.0
     assert ceilings.bound(Work(100, 5000)) == "compute"
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tf32_products_cut_what_tensor_cores_do_not_read(inference, monkeypatch):
+    one = torch.eye(2)
+    finer = one * (1 + 2**-11)
+    products = (torch.matmul, torch.nn.functional.linear, lambda a, b: torch.bmm(a[None], b[None]))
+    with torch.inference_mode(inference):
+        for product in products:
+            for allowed, expected in ((True, one), (False, finer)):
+                monkeypatch.setattr(testing, "allows_tf32", lambda allowed=allowed: allowed)
+                with testing.tf32_products():
+                    assert torch.equal(product(finer, one).view(2, 2), expected)
+                    double = product(finer.double(), one.double())
+                    assert torch.equal(double.view(2, 2), finer.double())
 
 
 class Stopwatch(SimpleNamespace):
@@ -177,12 +194,31 @@ def test_a_stored_run_becomes_tables_and_figures(stored_run, tmp_path, monkeypat
     rendered = report.render([device])
     for row in device.rows:
         if row["provider"] == "catkernels":
+            peer = report.best_peer(row, device.rows)
             cell = f"{row['contender_ms']:.3g} ms, {row['speedup']:.2f}x"
-            assert cell in rendered
+            assert f"{cell} (sdpa {peer['speedup']:.2f}x)" in rendered
     for name in ("speedup", "roofline"):
         assert f"{name}.svg)" in rendered
         assert "catkernels" in (device.folder / f"{name}.svg").read_text()
     assert ("Not measured yet" in rendered) != device.is_gpu
+
+
+def test_the_best_peer_of_a_row():
+    def row(provider, speedup, **changes):
+        case = {"operation": "ipsa", "name": "stage1", "dtype": "float32", "direction": "step"}
+        return case | {"provider": provider, "speedup": speedup} | changes
+
+    ours, best = row("catkernels", 1.5), row("compiled", 2.0)
+    others = [
+        row("official", 9.0),
+        row("sdpa", 1.9),
+        row("sdpa", 9.0, direction="forward"),
+        row("sdpa", 9.0, name="stage2"),
+        row("sdpa", 9.0, operation="cpsa"),
+        row("sdpa", 9.0, dtype="bfloat16"),
+    ]
+    assert report.best_peer(ours, [ours, *others, best]) is best
+    assert report.best_peer(ours, [ours]) is None
 
 
 def test_the_latest_run_of_a_benchmark_counts(stored_run, tmp_path):
@@ -225,6 +261,72 @@ def test_disabled_benchmarks_still_judge():
     done = run_benchmarks("--trial", "--benchmark-disable", "-k", one)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
+
+
+TABLE = tune.TABLES[0]
+TINY_PROBLEM = (TABLE, tune.TRIAL_SHAPES[0], "tf32")
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """Tune one table; returns the exit status and the file's rows."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(tune, "_problems", lambda trial: [TINY_PROBLEM])
+    path = tmp_path / "tune.json"
+
+    def run() -> tuple[int, list[dict]]:
+        monkeypatch.setattr(sys, "argv", ["tune", str(path), "--trial"])
+        return tune.main(), json.loads(path.read_text())["launches"]
+
+    return run
+
+
+def test_tuning_writes_each_row_and_goes_on_where_it_was(tuning, monkeypatch):
+    status, (row,) = tuning()
+    assert status == 0
+    assert row["shipped_ms"] == row["candidates_ms"][row["shipped"]] > 0
+    another = (TABLE, tune.TRIAL_SHAPES[1], "tf32")
+    monkeypatch.setattr(tune, "_problems", lambda trial: [TINY_PROBLEM, another])
+    status, (same, _) = tuning()
+    assert status == 0
+    assert same == row
+
+    def break_the_device(*_):
+        raise RuntimeError("illegal memory access")
+
+    third = (tune.TABLES[1], tune.TRIAL_SHAPES[0], "tf32")
+    monkeypatch.setattr(tune, "_problems", lambda trial: [TINY_PROBLEM, third])
+    monkeypatch.setattr(tune, "tune", break_the_device)
+    with pytest.raises(RuntimeError, match="illegal"):
+        tuning()
+    status, (same, _, broken) = tuning()
+    assert status == 1
+    assert same == row
+    assert broken["failures"] == {"None": "RuntimeError: illegal memory access"}
+
+
+def test_a_launch_with_wrong_results_gets_no_time(tuning, monkeypatch):
+    kernels = tune.PROVIDERS[IPSA]
+
+    def wrong(shape, inputs):
+        attend = kernels(shape, inputs)
+        return lambda: 1.01 * attend()
+
+    monkeypatch.setitem(tune.PROVIDERS, IPSA, wrong)
+    status, (row,) = tuning()
+    assert status == 1
+    assert not row["candidates_ms"]
+    assert all("over the budget" in reason for reason in row["failures"].values())
+
+
+def test_what_the_kernels_refuse_is_not_tuned(monkeypatch):
+    """On a GPU there is no backward pass of CPSA for exact products of float32."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cpsa, "interpreting", lambda: False)
+    shape = tune.TRIAL_SHAPES[0]
+    for table in tune.TABLES:
+        if table.attention is CPSA and table.direction == "backward":
+            assert tune.tune(table, shape, torch.float32, tune.TRIAL) is None
 
 
 def test_out_of_time_is_a_failure():

@@ -36,7 +36,11 @@ def test_info_names_versions_and_says_what_would_serve(capsys):
 def test_info_without_a_device(capsys, monkeypatch):
     monkeypatch.setattr(device, "interpreting", lambda: False)
     main(["info"])
-    assert "reference  (" in capsys.readouterr().out
+    _, on_cpu = capsys.readouterr().out.split("\ncpu: ")
+    operations = [line for line in on_cpu.split("\n\n")[0].splitlines() if "psa" in line]
+    assert len(operations) == 6
+    for line in operations:
+        assert "reference  (the tensors are on cpu, the kernels need cuda or xpu)" in line
 
 
 def test_demo_compares_and_draws(capsys, tmp_path):

@@ -9,10 +9,12 @@ from tiny_training import tiny_data, tiny_model, trained
 import catkernels
 from catkernels import official
 from catkernels.ops.device import device_reasons
-from catkernels.testing import assert_within_error_budget
+from catkernels.testing import assert_within_error_budget, tf32_products
 from catkernels.training.processes import Processes
 from catkernels.training.recipe import Recipe
 from catkernels.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("tf32_on_gpus")
 
 PROCESSES = Processes()
 # 16 channels a head are the fewest that the kernels take
@@ -37,13 +39,14 @@ def steps(request) -> int:
     return 50 if request.config.getoption("--full") else 6
 
 
-@pytest.fixture(scope="module")
-def expected(steps) -> dict[torch.dtype, dict[str, torch.Tensor]]:
+@pytest.fixture
+def expected(steps, tf32_on_gpus) -> dict[torch.dtype, dict[str, torch.Tensor]]:
     """What the official order of operations learns."""
-    return {
-        dtype: learn(tiny_model(official.CAT, **MODEL).to(dtype), steps)
-        for dtype in (torch.float32, torch.float64)
-    }
+    with tf32_products():
+        return {
+            dtype: learn(tiny_model(official.CAT, **MODEL).to(dtype), steps)
+            for dtype in (torch.float32, torch.float64)
+        }
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -33,7 +33,9 @@ pytest.importorskip("triton")
 
 DTYPES = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
 
-pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
+pytestmark = pytest.mark.usefixtures(
+    "round_to_nearest_bf16", "poisoned_memory", "launches", "tf32_on_gpus"
+)
 
 
 # P = 1, 2, 3, 4, 6, 9, 12, 16, 25, 49, 56, 64, 90, 100
@@ -72,7 +74,7 @@ ODD_SHAPES = [
 ]
 
 
-@pytest.fixture(params=["sm_80", "sm_90", "gfx9"])
+@pytest.fixture(params=["sm_80", "sm_90", "gfx9", pytest.param("sm_100", marks=pytest.mark.full)])
 def architecture(request, monkeypatch) -> str:
     """Kernels are launched here as on this architecture."""
     monkeypatch.setattr("catkernels.kernels.cpsa_launch.architecture", lambda _: request.param)

@@ -24,7 +24,9 @@ from catkernels.ops import cpsa
 
 pytest.importorskip("triton")
 
-pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
+pytestmark = pytest.mark.usefixtures(
+    "round_to_nearest_bf16", "poisoned_memory", "launches", "tf32_on_gpus"
+)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +62,16 @@ def test_function_transforms():
     x = inputs.pop("x")
 
     def loss(x):
-        return kernels(dtype=FP32)(x=x, **inputs, patch_size=7).square().sum()
+        return attend(x).square().sum()
+
+    def attend(x):
+        return kernels(dtype=FP32)(x=x, **inputs, patch_size=7)
 
     leaf = x.clone().requires_grad_()
     loss(leaf).backward()
     assert torch.equal(torch.func.grad(loss)(x), leaf.grad)
     with torch.no_grad():
-        assert torch.equal(torch.func.vmap(loss)(x[None]), loss(x)[None])
+        assert torch.equal(torch.func.vmap(attend)(x[None]), attend(x)[None])
 
 
 @pytest.mark.parametrize("patches", [1, 2])
@@ -143,6 +148,7 @@ def test_unsupported_reasons_name_each_reason(monkeypatch):
     # exact float32 products are only too large for a GPU
     monkeypatch.setattr(cpsa, "interpreting", lambda: False)
     monkeypatch.setattr(cpsa, "device_reasons", lambda device: [])
+    monkeypatch.setattr(cpsa, "allows_tf32", lambda: False)
     assert "TF32" in reasons(dtype=FP32)[0]
     assert reasons(dtype=FP32, num_patches=1) == reasons(dtype=FP32, needs_grad=False) == []
     monkeypatch.setattr(torch.version, "hip", "6.4")

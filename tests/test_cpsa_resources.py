@@ -6,16 +6,25 @@ version of Triton compiles it, in tests/data/.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from cross_compile import TARGETS, compiling_for, in_subprocess, table
+from cross_compile import (
+    TARGETS,
+    compare_with_record,
+    compiling_for,
+    in_subprocess,
+    record,
+    triton_version,
+)
+
+NAME = "cpsa_resources"
 
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
@@ -44,10 +53,13 @@ class Configuration:
     autocast: bool = False  # the map is float32
     padded: bool = False
     dropout: bool = False
+    least_dropout: bool = False  # of the least probability, whose threshold is 1
     single: bool = False  # one channel of one image: every argument that can be 1 is
+    pixel: bool = False  # maps of 1 x 1
+    wide: bool = False  # offsets of 64 bits
 
     def __str__(self) -> str:
-        flags = ("autocast", "padded", "dropout", "single")
+        flags = ("autocast", "padded", "dropout", "least_dropout", "single", "pixel", "wide")
         words = [self.target, f"P{self.num_patches}", self.precision]
         return "-".join(words + [flag for flag in flags if getattr(self, flag)])
 
@@ -55,6 +67,7 @@ class Configuration:
         """What the kernels of the attention itself need."""
         from catkernels.kernels.cpsa_backward import cpsa_backward
         from catkernels.kernels.cpsa_forward import cpsa_forward
+        from catkernels.kernels.cpsa_launch import Problem
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
@@ -62,16 +75,20 @@ class Configuration:
         dtype, torch.backends.cuda.matmul.fp32_precision = PRECISIONS[self.precision]
         rows, columns, channels = SIZES[self.num_patches]
         batch, channels = (1, 1) if self.single else (64, channels)
-        size = (batch, 7 * rows - self.padded, 7 * columns - self.padded, channels)
+        height, width = (7 * side - self.padded for side in (rows, columns))
+        size = (batch, *((1, 1) if self.pixel else (height, width)), channels)
         x = meta(*size, dtype=torch.float32 if self.autocast else dtype)
         folded, bias = meta(2, 50, 49), meta(49)
-        seed = meta(1, dtype=torch.int64) if self.dropout else None
-        dropout_p = 0.1 * self.dropout
+        dropout_p = 2**-16 if self.least_dropout else 0.1 * self.dropout
+        seed = meta(1, dtype=torch.int64) if dropout_p else None
         # NVIDIA's registers do not hold the backward pass of exact float32 products
         has_backward = (
             self.precision != "fp32" or self.num_patches == 1 or self.target.startswith("gfx")
         )
-        with compiling_for(self.target) as compiled:
+        with ExitStack() as stack:
+            if self.wide:
+                stack.enter_context(mock.patch.object(Problem, "wide", True))
+            compiled = stack.enter_context(compiling_for(self.target))
             cpsa_forward(x, folded, bias, seed, 7, dropout_p, dtype)
             if has_backward:
                 cpsa_backward(meta(*size, dtype=dtype), x, folded, seed, 7, dropout_p, True, True)
@@ -93,6 +110,13 @@ def shipped() -> Iterator[Configuration]:
             yield Configuration(target, 4, "tf32")
     for target in ("sm_86", "sm_89", "sm_120", "gfx90a"):
         yield Configuration(target, 4)
+    for target in ("sm_80", "sm_86", "sm_90"):
+        yield from (Configuration(target, patches, "tf32") for patches in (1, 16, 64, 361))
+    for target in ("sm_80", "sm_90"):
+        yield Configuration(target, 16, "fp16")
+        yield Configuration(target, 1, pixel=True)
+        yield Configuration(target, 4, least_dropout=True)
+        yield from (Configuration(target, patches, wide=True) for patches in (4, 361))
 
 
 SHIPPED = {str(configuration): configuration for configuration in shipped()}
@@ -105,6 +129,7 @@ SAMPLE = [
     Configuration("sm_100", 16),
     Configuration("gfx942", 1),
     Configuration("sm_90", 1, single=True),
+    Configuration("sm_90", 16, "tf32"),
 ]
 
 
@@ -114,36 +139,41 @@ def compiled(configurations) -> dict[Configuration, list[dict]]:
 
 
 def check(configuration: Configuration, kernels: list[dict]) -> None:
-    """The bars of every configuration, and those of half precision without dropout."""
+    """The bars of every configuration, and those of half precision without extras."""
     target, num_patches = configuration.target, configuration.num_patches
     nvidia = target.startswith("sm_")
-    half = configuration.precision == "bf16"
+    half = configuration.precision in ("bf16", "fp16")
+    dropout = configuration.dropout or configuration.least_dropout
+    # Triton 3.6 gives some backward kernels half of the registers on Ampere
+    short = target == "sm_80" and triton_version() < (3, 8)
     for kernel in kernels:
         message = f"{configuration}: {kernel}"
         copies = kernel["kernel"] == "cpsa_copy_tokens_kernel"
         backward = "backward" in kernel["kernel"]
         assert kernel["shared_bytes"] <= min(TARGETS[target][-1], 99 * 1024), message
         # a kernel that compiled to a trap has a handful of instructions
-        assert kernel["instructions"] >= 200, message
+        assert kernel["instructions"] >= 150, message
         if not copies:
             exact = nvidia and configuration.precision == "fp32"
             assert (kernel["matrix_products"] == 0) == exact, message
-        if not half or configuration.dropout:
-            assert kernel["stack_bytes"] <= 600, message
+        if not half or dropout:
+            tokens = kernel["kernel"] == "cpsa_tokens_backward_kernel"
+            assert kernel["stack_bytes"] <= (2000 if short and tokens else 600), message
             continue
 
-        if configuration.single:
+        if configuration.single or configuration.pixel:
             # one channel is no shape for tiles of 16: it has to compile, not to be fast
             assert kernel["stack_bytes"] <= 256, message
             continue
         if target in ("sm_80", "sm_86", "sm_89", "sm_120"):
-            assert kernel["stack_bytes"] <= (128 if backward else 16), message
+            limit = 16 if not backward else 224 if short else 128
+            assert kernel["stack_bytes"] <= limit, message
         elif target == "sm_90":
             assert kernel["stack_bytes"] <= (64 if backward else 0), message
         else:
             assert kernel["stack_bytes"] == 0, message
         if num_patches > 64:
-            assert kernel["spills"] == 0, message
+            assert kernel["spills"] <= (4 if short else 0), message
         if not nvidia:
             continue
 
@@ -151,10 +181,12 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         if not backward and target in ("sm_90", "sm_100"):
             limit = {1: 128, 4: 128, 16: 168}.get(num_patches, 255)
             assert kernel["registers"] <= limit, message
-        # all but constants and statistics moves 16 bytes at a time; a pass that gives Ampere's
-        # gradient of the scores takes 4 channels, to hold one group
+        # all but constants and statistics moves 16 bytes at a time; passes that give Ampere's
+        # gradient of the scores, or all on Blackwell, take 4 channels of 16 patches: one group
         access = kernel["global_access"]
-        narrow = kernel["kernel"] == "cpsa_packed_backward_kernel" and target.startswith("sm_8")
+        narrow = kernel["kernel"] == "cpsa_packed_backward_kernel" and (
+            target.startswith("sm_8") or (target == "sm_100" and num_patches == 16)
+        )
         if not narrow:
             wide = access["load128"] + access["store128"]
             assert wide >= (4 if num_patches == 1 else 12), message
@@ -169,26 +201,14 @@ def test_bars():
 @pytest.mark.full
 def test_bars_of_everything_shipped():
     """The recorded tables say what is compiled, to the last register, for their Triton version."""
-    import triton
-
     results = compiled(SHIPPED.values())
     for configuration, kernels in results.items():
         check(configuration, kernels)
-    recorded = table_path(triton.__version__)
-    if recorded.exists():
-        assert list(csv.reader(recorded.open())) == list(table(results))
-
-
-def table_path(triton_version: str) -> Path:
-    return Path(__file__).parent / "data" / f"cpsa_resources_triton_{triton_version}.csv"
+    compare_with_record(NAME, results)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        import triton
-
-        rows = table(compiled(SHIPPED.values()))
-        with table_path(triton.__version__).open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        record(NAME, compiled(SHIPPED.values()))
     else:
         json.dump({name: SHIPPED[name].compile() for name in sys.argv[1:]}, sys.stdout)

@@ -45,15 +45,18 @@ def test_function_transforms(device, launches):
     """What more is asked of the functions, test_transforms.py tests."""
     inputs = PADDED.inputs(torch.float32, device)
 
+    def attend(qkv: Tensor) -> Tensor:
+        return PADDED.attend(qkv, inputs["bias_table"], inputs["qkv_bias"])
+
     def loss(qkv: Tensor) -> Tensor:
-        return PADDED.attend(qkv, inputs["bias_table"], inputs["qkv_bias"]).square().sum()
+        return attend(qkv).square().sum()
 
     qkv = inputs["qkv"].clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(qkv), qkv)
     assert torch.equal(torch.func.grad(loss)(inputs["qkv"]), expected)
     stacked = torch.stack([inputs["qkv"], 2 * inputs["qkv"]])
-    mapped = torch.func.vmap(loss)(stacked)
-    assert torch.equal(mapped, torch.stack([loss(qkv) for qkv in stacked]))
+    mapped = torch.func.vmap(attend)(stacked)
+    assert torch.equal(mapped, torch.stack([attend(qkv) for qkv in stacked]))
 
 
 @pytest.mark.parametrize(
@@ -81,13 +84,17 @@ def test_compiles_to_one_graph(device, launches):
         inputs = replace(case, batch=batch).inputs(torch.float32, device)
         grad_out = random_grad(replace(case, batch=batch), inputs["qkv"])
         # the first other batch size recompiles for batch sizes that vary; no other may
-        with torch._dynamo.config.patch(error_on_recompile=batch > 3):
+        with (
+            torch._dynamo.config.patch(error_on_recompile=batch > 3),
+            # Inductor draws random numbers of its own, and so another seed of the dropout
+            torch._inductor.config.patch(fallback_random=True),
+        ):
             torch.manual_seed(0)
             actual = results(compiled, inputs, grad_out)
         torch.manual_seed(0)
         expected = results(case.attend, inputs, grad_out)
-        for name, tensor in actual.items():
-            assert torch.equal(tensor, expected[name]), name
+        # Inductor adds the padded pixels' gradients in an order of its own
+        torch.testing.assert_close(actual, expected)
 
 
 def test_exports(device, launches):

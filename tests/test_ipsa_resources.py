@@ -6,19 +6,23 @@ version of Triton compiles it, in tests/data/.
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
-from cross_compile import TARGETS, compiling_for, in_subprocess, table
+from cross_compile import (
+    TARGETS,
+    compare_with_record,
+    compiling_for,
+    in_subprocess,
+    record,
+    triton_version,
+)
 
-TABLE = Path(__file__).parent / "data" / f"ipsa_resources_triton_{version('triton')}.csv"
+NAME = "ipsa_resources"
 PRECISIONS = {
     "bf16": (torch.bfloat16, "ieee"),
     "fp16": (torch.float16, "ieee"),
@@ -107,11 +111,6 @@ SAMPLE = [
 ]
 
 
-def triton_version() -> tuple[int, int]:
-    major, minor, *_ = version("triton").split(".")
-    return int(major), int(minor)
-
-
 def compiled(configurations) -> dict[Configuration, list[dict]]:
     results = in_subprocess(__file__, *map(str, configurations))
     return {SHIPPED[name]: kernels for name, kernels in results.items()}
@@ -161,14 +160,11 @@ def test_bars_of_everything_shipped():
     results = compiled(SHIPPED.values())
     for configuration, kernels in results.items():
         check(configuration, kernels)
-    if TABLE.exists():
-        assert list(csv.reader(TABLE.open())) == list(table(results))
+    compare_with_record(NAME, results)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        rows = table(compiled(SHIPPED.values()))
-        with TABLE.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        record(NAME, compiled(SHIPPED.values()))
     else:
         json.dump({name: SHIPPED[name].compile() for name in sys.argv[1:]}, sys.stdout)

@@ -1,6 +1,6 @@
 """Modules and whole models on the kernels: everything between a user's call and a launch.
 
-Without a GPU the kernels run in Triton's interpreter; on one the same tests run there.
+Without a GPU the kernels run in Triton's interpreter; on one the same tests run there, in TF32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import catkernels
 from catkernels import official
-from catkernels.testing import assert_within_error_budget
+from catkernels.testing import assert_within_error_budget, tf32_products
+
+pytestmark = pytest.mark.usefixtures("tf32_on_gpus")
 
 TINY = {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 4, "ape": True}
 
@@ -59,11 +61,11 @@ def compare(actual, same_dtype, double) -> None:
 def test_models_train_as_on_the_reference(kind, device, launches):
     model, images = build(kind, device)
     reference = with_backend(model, "reference")
-    compare(
-        outputs_and_gradients(model, images),
-        outputs_and_gradients(reference, images),
-        outputs_and_gradients(deepcopy(reference).double(), images.double()),
-    )
+    actual = outputs_and_gradients(model, images)
+    with tf32_products():
+        same_dtype = outputs_and_gradients(reference, images)
+    double = outputs_and_gradients(deepcopy(reference).double(), images.double())
+    compare(actual, same_dtype, double)
     assert launches["ipsa_forward_kernel"] == launches["ipsa_backward_kernel"] == 4
     assert any(name.startswith("cpsa") for name in launches)
 
@@ -113,8 +115,10 @@ def test_checkpointing_repeats_the_dropout(attention, use_reentrant, device, lau
         assert torch.equal(plain, repeated)
 
 
-def test_deterministic_algorithms_are_no_obstacle(device, launches):
+def test_deterministic_algorithms_are_no_obstacle(device, launches, monkeypatch):
     model, images = build("classifier", device)
+    # without it PyTorch refuses the products of linear layers on NVIDIA's devices
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         first = outputs_and_gradients(model, images)

@@ -46,7 +46,8 @@ FORWARD = {
 
 BACKWARD = {
     # Weights, their gradient and its sum take 96 registers of a thread. That leaves none for a
-    # second stage on Ampere; on Hopper it does unless padding or dropout takes them.
+    # second stage on Ampere; on Hopper it does unless padding or dropout takes them. Two warps
+    # would avoid what some versions of ptxas compile wrongly there, but spill 384 bytes and more.
     "half": {AMPERE: Launch(4, 1), HOPPER: Launch(4, 2), BLACKWELL: Launch(8, 1)},
     "padded or dropped half": {AMPERE: Launch(4, 1), BLACKWELL: Launch(8, 1)},
     "wide half": {AMPERE: Launch(8, 1), CDNA: Launch(4, 1)},
