@@ -181,12 +181,10 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         if not backward and target in ("sm_90", "sm_100"):
             limit = {1: 128, 4: 128, 16: 168}.get(num_patches, 255)
             assert kernel["registers"] <= limit, message
-        # all but constants and statistics moves 16 bytes at a time; passes that give Ampere's
-        # gradient of the scores, or all on Blackwell, take 4 channels of 16 patches: one group
+        # all but constants and statistics moves 16 bytes at a time; backward passes that take 4
+        # channels of 16 patches, one group, move 8
         access = kernel["global_access"]
-        narrow = kernel["kernel"] == "cpsa_packed_backward_kernel" and (
-            target.startswith("sm_8") or (target == "sm_100" and num_patches == 16)
-        )
+        narrow = num_patches == 16 and kernel["kernel"] == "cpsa_packed_backward_kernel"
         if not narrow:
             wide = access["load128"] + access["store128"]
             assert wide >= (4 if num_patches == 1 else 12), message

@@ -79,7 +79,7 @@ def cpsa_packed_backward_kernel(
 ):
     """The gradients that out = softmax((x A + u) x^T) x M + c sends to x and to the weights.
 
-    Grid: (programs,), each of which takes every programs-th tile: some channels of an image
+    Grid: (programs,), each of which takes as many tiles in a row: some channels of an image each
     Writes: dx_ptr (B, H, W, C); partials_ptr (programs, PARTIAL), each program's sum.
     """
     PATCHES: tl.constexpr = PATCHES_HIGH * PATCHES_LOW
@@ -90,8 +90,12 @@ def cpsa_packed_backward_kernel(
     weights = (matrices_ptr, constants_ptr)
     dropout = (seed_ptr, drop_threshold, keep_scale)
     gradients = zero_gradients()
+    # tiles in a row share sectors of the map, which the first level of cache then still holds
+    tiles = tl.cdiv(num_tiles, tl.num_programs(0))
+    first_tile = tl.program_id(0) * tiles
+    last_tile = tl.minimum(first_tile + tiles, num_tiles)
     # hoisted weights would hold registers through the loop, which has none to spare
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), disable_licm=True):
+    for tile in tl.range(first_tile, last_tile, disable_licm=True):
         image = tile // BLOCKS
         first_channel = tile % BLOCKS * BLOCK_C
         image_start = tl.cast(image, tl.int64) * height * width * CHANNELS

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from catkernels.kernels.launch import (
     AMPERE,
-    BLACKWELL,
     CDNA,
-    HOPPER,
     Launch,
     architecture,
     dot_precision,
@@ -182,7 +180,6 @@ def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[Backw
     patches = triton.next_power_of_2(problem.num_patches)
     one_group = TILE // patches
     block_c = max(16 // dtype.itemsize, one_group)
-    groups = block_c // one_group if not backward_takes_tokens(problem) else 1
     if patches == 1:
         return (BackwardPass(("x", "score", "value"), block_c, patches),)
     if arch == AMPERE or dtype == torch.float32:
@@ -196,16 +193,10 @@ def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[Backw
             BackwardPass(("score",), one_group, patches, num_warps),
             BackwardPass(("value",), block_c, patches, num_warps),
         )
-    if groups == 1 or arch == BLACKWELL:
-        # Triton 3.6 compiles two groups to a trap on Blackwell; one group spills nothing there
-        return (BackwardPass(("x", "score", "value"), one_group, patches),)
-    if arch == HOPPER:
-        # in one pass 390 bytes are spilt, in two up to 230, where the map is float32
-        return tuple(BackwardPass((g,), block_c, patches) for g in ("x", "score", "value"))
-    return (
-        BackwardPass(("x",), block_c, patches),
-        BackwardPass(("score", "value"), block_c, patches),
-    )
+    # One group spills nothing, at the price of map accesses of 64 bits at 16 patches. Two take
+    # several passes, and so twice the map's traffic: on Hopper 390 bytes are spilt in one pass, and
+    # on Blackwell Triton 3.6 compiles them to a trap.
+    return (BackwardPass(("x", "score", "value"), one_group, patches),)
 
 
 @dataclass(frozen=True)
