@@ -112,7 +112,7 @@ def test_models_compile_to_one_graph(name, mode):
         ("classifier", True),
         pytest.param("classifier", False, marks=pytest.mark.full),
         pytest.param("backbone", True, marks=pytest.mark.full),
-        ("backbone", False),
+        pytest.param("backbone", False, marks=pytest.mark.full),
         pytest.param("patched classifier", True, marks=pytest.mark.full),
         pytest.param("patched classifier", False, marks=pytest.mark.full),
     ],

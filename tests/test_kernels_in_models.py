@@ -71,7 +71,9 @@ def test_models_train_as_on_the_reference(kind, device, launches):
 
 
 @pytest.mark.usefixtures("round_to_nearest_bf16")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16], ids=str
+)
 def test_autocast(dtype, device, launches):
     model, images = build("classifier", device)
     reference = with_backend(model, "reference")
