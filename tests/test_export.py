@@ -32,7 +32,7 @@ def namespaces(program: torch.export.ExportedProgram) -> set[str]:
     return {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
 
 
-# in plain runs each value of each parameter at least once
+# in plain runs the classifier and the backbone, one strict and one with gradients
 SAMPLE = [
     ("classifier", False, True),
     ("patched backbone", True, False),
