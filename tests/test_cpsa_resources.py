@@ -129,7 +129,6 @@ SAMPLE = [
     Configuration("sm_100", 16),
     Configuration("gfx942", 1),
     Configuration("sm_90", 1, single=True),
-    Configuration("sm_90", 16, "tf32"),
 ]
 
 
