@@ -214,13 +214,7 @@ def ipsa_runs_kernels(x: Tensor, *, head_dim: int, patch_size: int, backend: Bac
     Raises:
         ValueError: ``backend="triton"`` cannot serve the call.
     """
-    reasons = ipsa.unsupported_reasons(
-        device=x.device,
-        dtype=compute_dtype(x),
-        head_dim=head_dim,
-        patch_size=patch_size,
-    )
-    reasons += _transform_reasons(torch.is_grad_enabled())
+    reasons = _ipsa_kernel_reasons(x, head_dim, patch_size, torch.is_grad_enabled())
     return _runs_kernels("ipsa_attention", backend, x.device, reasons)
 
 
@@ -234,14 +228,18 @@ def check_probability(name: str, probability: float) -> float:
 def _ipsa_reasons(
     qkv, bias_table=None, *, num_heads, patch_size, qkv_bias=None, return_attention=False, **_
 ) -> list[str]:
-    reasons = ipsa.unsupported_reasons(
-        device=qkv.device,
-        dtype=compute_dtype(qkv),
-        head_dim=qkv.shape[-1] // 3 // num_heads,
-        patch_size=check_patch_size(patch_size),
-    )
-    reasons += _transform_reasons(_needs_grad(qkv, bias_table, qkv_bias))
+    head_dim = qkv.shape[-1] // 3 // num_heads
+    needs_grad = _needs_grad(qkv, bias_table, qkv_bias)
+    reasons = _ipsa_kernel_reasons(qkv, head_dim, check_patch_size(patch_size), needs_grad)
     return reasons + _attention_map_reasons(return_attention)
+
+
+def _ipsa_kernel_reasons(x, head_dim: int, patch_size: int, needs_grad: bool) -> list[str]:
+    """Why the kernels cannot serve IPSA of a map with the device and dtype of ``x``."""
+    reasons = ipsa.unsupported_reasons(
+        device=x.device, dtype=compute_dtype(x), head_dim=head_dim, patch_size=patch_size
+    )
+    return reasons + _transform_reasons(needs_grad)
 
 
 def _cpsa_reasons(

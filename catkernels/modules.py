@@ -315,5 +315,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     It then is no subclass, carries no parametrisation or hook, and its parameters are no wrappers
     around quantised values, which only operators of their own can read.
     """
-    wrapped = any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
-    return type(module) is nn.Linear and not is_intercepted(module) and not wrapped
+    if type(module) is not nn.Linear or is_intercepted(module):
+        return False
+    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())

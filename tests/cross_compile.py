@@ -1,6 +1,6 @@
 """Compile launches for GPUs that are not here and read the resources off the machine code.
 
-Triton's interpreter must be off, so tests do this in a process of their own: `in_subprocess`.
+Triton's interpreter must be off, so tests do this in a process of their own: `compiled`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 # name -> (backend, architecture, threads of a warp, bytes of shared memory that a program may use)
 TARGETS = {
@@ -31,6 +32,14 @@ TARGETS = {
     "sm_120": ("cuda", 120, 32, 99 * 1024),
     "gfx90a": ("hip", "gfx90a", 64, 64 * 1024),
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+# The dtype of a launch, and torch's setting for products of float32.
+PRECISIONS = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
 }
 
 # What of `Resources` the recorded tables hold.
@@ -128,7 +137,21 @@ def _table(results: dict[object, list[dict]]) -> Iterator[list[str]]:
             yield [str(configuration), name, *(str(kernel[column]) for column in COLUMNS)]
 
 
-def in_subprocess(script: str, *arguments: str) -> dict:
+def compiled(script: str, shipped: dict[str, object], configurations: Iterable) -> dict:
+    """What `compile` of each configuration gives, in a process of its own: `main` of ``script``."""
+    results = _in_subprocess(script, *map(str, configurations))
+    return {shipped[name]: kernels for name, kernels in results.items()}
+
+
+def main(name: str, script: str, shipped: dict[str, object]) -> None:
+    """Print what the configurations named as arguments need, or with ``--write`` record all."""
+    if sys.argv[1:] == ["--write"]:
+        record(name, compiled(script, shipped, shipped.values()))
+    else:
+        json.dump({name: shipped[name].compile() for name in sys.argv[1:]}, sys.stdout)
+
+
+def _in_subprocess(script: str, *arguments: str) -> dict:
     """The JSON that ``python script *arguments`` prints, run with Triton's interpreter off."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     repository = str(Path(__file__).parents[1])

@@ -6,8 +6,6 @@ version of Triton compiles it, in tests/data/.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,22 +14,17 @@ from unittest import mock
 import pytest
 import torch
 from cross_compile import (
+    PRECISIONS,
     TARGETS,
     compare_with_record,
+    compiled,
     compiling_for,
-    in_subprocess,
-    record,
+    main,
     triton_version,
 )
 
 NAME = "cpsa_resources"
 
-PRECISIONS = {
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "fp32": (torch.float32, "ieee"),
-    "tf32": (torch.float32, "tf32"),
-}
 # number of patches -> height and width in patches, and the channels of CAT-S at that stage
 SIZES = {
     1: (1, 1, 768),
@@ -132,11 +125,6 @@ SAMPLE = [
 ]
 
 
-def compiled(configurations) -> dict[Configuration, list[dict]]:
-    results = in_subprocess(__file__, *map(str, configurations))
-    return {SHIPPED[name]: kernels for name, kernels in results.items()}
-
-
 def check(configuration: Configuration, kernels: list[dict]) -> None:
     """The bars of every configuration, and those of half precision without extras."""
     target, num_patches = configuration.target, configuration.num_patches
@@ -191,21 +179,18 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
 
 
 def test_bars():
-    for configuration, kernels in compiled(SAMPLE).items():
+    for configuration, kernels in compiled(__file__, SHIPPED, SAMPLE).items():
         check(configuration, kernels)
 
 
 @pytest.mark.full
 def test_bars_of_everything_shipped():
     """The recorded tables say what is compiled, to the last register, for their Triton version."""
-    results = compiled(SHIPPED.values())
+    results = compiled(__file__, SHIPPED, SHIPPED.values())
     for configuration, kernels in results.items():
         check(configuration, kernels)
     compare_with_record(NAME, results)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        record(NAME, compiled(SHIPPED.values()))
-    else:
-        json.dump({name: SHIPPED[name].compile() for name in sys.argv[1:]}, sys.stdout)
+    main(NAME, __file__, SHIPPED)
