@@ -6,12 +6,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import catkernels
-from benchmarks import attention
+from benchmarks import attention, harness
 from benchmarks.roofline import cpsa_backward_work, cpsa_forward_work
 from catkernels import official
 from catkernels.functional import Backend
@@ -39,8 +38,7 @@ def official_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
 
 def compiled_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
     """The official order of operations through `torch.compile`."""
-    torch.compiler.reset()
-    return torch.compile(official_provider(shape, inputs), dynamic=False)
+    return harness.compiled(official_provider(shape, inputs))
 
 
 def sdpa_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:

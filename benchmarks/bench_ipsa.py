@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import catkernels
-from benchmarks import attention
+from benchmarks import attention, harness
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import ipsa_backward_work, ipsa_forward_work
 from catkernels import official
@@ -41,8 +41,7 @@ def official_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
 
 def compiled_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
     """The official order of operations through `torch.compile`."""
-    torch.compiler.reset()
-    return torch.compile(official_provider(shape, inputs), dynamic=False)
+    return harness.compiled(official_provider(shape, inputs))
 
 
 def sdpa_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:

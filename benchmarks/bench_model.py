@@ -34,9 +34,9 @@ TRIAL = {"embed_dim": 32, "depths": (1,), "num_heads": (1,)}
 PROVIDERS: dict[str, Callable[..., nn.Module]] = {
     "official": official.CAT,
     "official, checkpointed": functools.partial(official.CAT, checkpoint_always=True),
-    "compiled": lambda **options: _compiled(official.CAT(**options)),
+    "compiled": lambda **options: harness.compiled(official.CAT(**options)),
     "catkernels": catkernels.CAT,
-    "catkernels, compiled": lambda **options: _compiled(catkernels.CAT(**options)),
+    "catkernels, compiled": lambda **options: harness.compiled(catkernels.CAT(**options)),
 }
 
 
@@ -135,11 +135,6 @@ def _build(case: Case, provider: str) -> nn.Module:
     torch.manual_seed(0)
     model = PROVIDERS[provider](**case.options).to(DEVICE)
     return model.train(case.mode == "training")
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    torch.compiler.reset()
-    return torch.compile(model, dynamic=False)
 
 
 def _images(batch: int) -> Tensor:

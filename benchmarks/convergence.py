@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 import catkernels
+from benchmarks import machine
 from catkernels import official
 from catkernels.digits import DIGITS
 from catkernels.ops.device import best_device, device_reasons
@@ -99,7 +100,8 @@ def main() -> int:
     options = parser.parse_args()
 
     device = best_device()
-    where = f"{_name(device)}, torch {torch.__version__}"
+    cpu = f"{platform.machine()} CPU"
+    where = f"{machine.describe(cpu)['device']}, torch {torch.__version__}"
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
         where += ", fp32 with TF32 products"
@@ -130,12 +132,6 @@ def main() -> int:
     if curves:
         print(f"written: {options.save}")
     return 1 if failed else 0
-
-
-def _name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"{platform.machine()} CPU"
-    return torch.get_device_module(device).get_device_properties(device).name
 
 
 if __name__ == "__main__":

@@ -130,6 +130,12 @@ def race(
     )
 
 
+def compiled(run: Callable) -> Callable:
+    """A function or model through `torch.compile`, as if nothing had been compiled before."""
+    torch.compiler.reset()
+    return torch.compile(run, dynamic=False)
+
+
 def flush_cache() -> None:
     """Queue a write of more memory than the L2 cache of any GPU holds; a CPU's stays as it is."""
     if DEVICE.type != "cpu":

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ try:
     import numpy as np
     import PIL.Image
     from matplotlib.figure import Figure
+    from tqdm import tqdm
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'catkernels[demo]'") from error
 
@@ -85,7 +84,9 @@ def _compare(network: official.CAT, images: Tensor) -> tuple[Run, Run, PatchRepo
     """The model as it is and patched, pass by pass in turn since a machine's speed drifts."""
     passes: dict[str, list] = {"before": [], "after": []}
     peaks = {}
-    with _progress(2 * (REPEATS + 2)) as step:
+    # disable=None: only where the output is a terminal
+    total = 2 * (REPEATS + 2)
+    with tqdm(desc="as it is and patched", total=total, disable=None, leave=False) as bar:
         for repeat in range(REPEATS + 2):
             for which, results in passes.items():
                 report = patch(network) if which == "after" else None
@@ -95,7 +96,7 @@ def _compare(network: official.CAT, images: Tensor) -> tuple[Run, Run, PatchRepo
                     results.append(_timed_pass(network, images))
                 if which == "after":
                     unpatch(network)
-                step()
+                bar.update()
     runs = []
     for which, results in passes.items():
         passes_ms = [ms for _, ms in results[1:]]  # the first pass warms up
@@ -146,26 +147,6 @@ def _peak_mib(work: Callable[[], object]) -> float | None:
 def _status_kib(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[], None]]:
-    """A line on the terminal that says how far the work has come, wiped at its end."""
-    done = 0
-    shown = sys.stderr.isatty()
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if shown:
-            bar = "#" * (30 * done // steps)
-            print(f"\rrunning, as it is and patched [{bar:30}]", end="", file=sys.stderr)
-
-    try:
-        yield step
-    finally:
-        if shown:
-            print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def _print_comparison(title: str, report: PatchReport, before: Run, after: Run) -> None:
