@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from catkernels.ops.device import best_device
+from catkernels.torch_state.device import best_device
 
 DEVICE = best_device()
 

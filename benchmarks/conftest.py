@@ -11,7 +11,7 @@ import torch._functorch.config
 
 from benchmarks import harness, machine
 from benchmarks.clock import CLOCK, DEVICE
-from catkernels.ops.device import interpreting
+from catkernels.torch_state.device import interpreting
 
 RACES = pytest.StashKey[list[dict]]()
 START_S = pytest.StashKey[float]()

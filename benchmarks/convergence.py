@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 import catkernels
 from benchmarks import machine
 from catkernels import official
+from catkernels.commands.train import DIGITS_RECIPE
 from catkernels.digits import DIGITS
-from catkernels.ops.device import best_device, device_reasons
-from catkernels.training.command import DIGITS_RECIPE
+from catkernels.torch_state.device import best_device, device_reasons
 from catkernels.training.data import digits_data
 from catkernels.training.trainer import Trainer
 

@@ -101,13 +101,13 @@ class Table:
 
 KERNELS = "catkernels.kernels."
 TABLES = (
-    Table(IPSA, "forward", KERNELS + "ipsa_launch:Problem", "forward_launch"),
-    Table(IPSA, "backward", KERNELS + "ipsa_launch:Problem", "backward_launch"),
-    Table(CPSA, "forward", KERNELS + "cpsa_forward", "forward_launch"),
-    Table(CPSA, "forward", KERNELS + "cpsa_flash", "flash_forward_launch"),
-    Table(CPSA, "backward", KERNELS + "cpsa_backward", "backward_passes"),
-    Table(CPSA, "backward", KERNELS + "cpsa_flash_backward", "flash_backward_launch"),
-    Table(CPSA, "backward", KERNELS + "cpsa_flash_backward", "flash_weights_launch"),
+    Table(IPSA, "forward", KERNELS + "ipsa.launch:Problem", "forward_launch"),
+    Table(IPSA, "backward", KERNELS + "ipsa.launch:Problem", "backward_launch"),
+    Table(CPSA, "forward", KERNELS + "cpsa.forward", "forward_launch"),
+    Table(CPSA, "forward", KERNELS + "cpsa.flash_forward", "flash_forward_launch"),
+    Table(CPSA, "backward", KERNELS + "cpsa.backward", "backward_passes"),
+    Table(CPSA, "backward", KERNELS + "cpsa.flash_backward", "flash_backward_launch"),
+    Table(CPSA, "backward", KERNELS + "cpsa.flash_backward", "flash_weights_launch"),
 )
 # What is computed with, by name: the dtype, and torch's setting for products of float32.
 PRECISIONS = {

@@ -16,7 +16,7 @@ import catkernels
 from catkernels.cat import VARIANTS
 from catkernels.functional import BACKENDS
 from catkernels.ops import cpsa, ipsa
-from catkernels.ops.device import KERNEL_DEVICES, interpreting
+from catkernels.torch_state.device import KERNEL_DEVICES, interpreting
 
 
 class _Parser(argparse.ArgumentParser):
@@ -168,7 +168,7 @@ def _demo(options: argparse.Namespace) -> None:
         raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
     # the demos' own needs, such as matplotlib, are no needs of the package
     if options.model == "digits":
-        from catkernels import digits_demo
+        from catkernels.commands import digits_demo
 
         if options.image or options.size or options.batch:
             raise ValueError(
@@ -176,7 +176,7 @@ def _demo(options: argparse.Namespace) -> None:
             )
         digits_demo.run(checkpoint=options.checkpoint, save=save)
     else:
-        from catkernels import demo
+        from catkernels.commands import demo
 
         demo.run(
             model=options.model,
@@ -190,7 +190,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     # training's own needs, such as scikit-learn, are no needs of the package
-    from catkernels.training.command import run
+    from catkernels.commands.train import run
 
     arguments = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
     run(**arguments)

@@ -20,7 +20,7 @@ from catkernels.reference import (
     relative_position_index,
     split_patches,
 )
-from catkernels.transforms import is_transformed
+from catkernels.torch_state.transforms import is_transformed
 
 # The bytes of queries, keys and values that one slice of the batch works with, for each thread.
 # From 1 to 4 MiB all stages of CAT are within a few percent of their best on a Xeon with 2 MiB of

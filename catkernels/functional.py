@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from catkernels import cpu, reference, transforms
+from catkernels import cpu, reference
 from catkernels.ops import cpsa, ipsa
-from catkernels.ops.precision import autocast_is_on, compute_dtype
+from catkernels.torch_state import transforms
+from catkernels.torch_state.precision import autocast_is_on, compute_dtype
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")

@@ -20,7 +20,7 @@ from catkernels.functional import (
     ipsa_runs_kernels,
 )
 from catkernels.ops.norm_linear import norm_linear
-from catkernels.ops.precision import autocast_is_on
+from catkernels.torch_state.precision import autocast_is_on
 
 
 class _Attention(nn.Module):

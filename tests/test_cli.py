@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from tiny_training import write_corrupt_dds
 
-from catkernels import demo, official
+from catkernels import official
 from catkernels.__main__ import main
 from catkernels.cat import VARIANTS
-from catkernels.ops import device
+from catkernels.commands import demo
+from catkernels.torch_state import device
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from tiny_training import tiny_data, tiny_model, trained
 
 import catkernels
 from catkernels import official
-from catkernels.ops.device import device_reasons
 from catkernels.testing import assert_within_error_budget, tf32_products
+from catkernels.torch_state.device import device_reasons
 from catkernels.training.processes import Processes
 from catkernels.training.recipe import Recipe
 from catkernels.training.trainer import Trainer

@@ -58,9 +58,9 @@ class Configuration:
 
     def compile(self) -> list[dict]:
         """What the kernels of the attention itself need."""
-        from catkernels.kernels.cpsa_backward import cpsa_backward
-        from catkernels.kernels.cpsa_forward import cpsa_forward
-        from catkernels.kernels.cpsa_launch import Problem
+        from catkernels.kernels.cpsa.backward import cpsa_backward
+        from catkernels.kernels.cpsa.forward import cpsa_forward
+        from catkernels.kernels.cpsa.launch import Problem
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 
 from catkernels.__main__ import main
+from catkernels.commands.digits_demo import attention_weights, cpsa_map, ipsa_map
+from catkernels.commands.train import DIGITS_RECIPE
 from catkernels.digits import WEIGHTS, pretrained_digits
-from catkernels.digits_demo import attention_weights, cpsa_map, ipsa_map
-from catkernels.training.command import DIGITS_RECIPE
 from catkernels.training.data import digits_data
 from catkernels.training.run_folder import made_with
 

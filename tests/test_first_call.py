@@ -13,7 +13,7 @@ FIRST_CALLS = """
     import torch
     import triton
     import catkernels
-    from catkernels.ops.device import best_device
+    from catkernels.torch_state.device import best_device
     from catkernels.testing import cat_stages, make_cpsa_inputs, make_ipsa_inputs
 
     device = best_device()

@@ -176,13 +176,13 @@ def test_gradients_of_the_qkv_bias_cancel(device, launches):
 
 @pytest.mark.parametrize("case", [PADDED, PACKED], ids=str)
 def test_same_bits_for_any_chunking(case, device, launches, monkeypatch):
-    from catkernels.kernels import ipsa_launch
+    from catkernels.kernels.ipsa import launch
 
     case = replace(case, dropout_p=0.25)
     inputs = case.inputs(torch.float32, device)
     by_chunking = []
     for programs in (1, 7, 10**6):
-        monkeypatch.setattr(ipsa_launch, "PROGRAMS", programs)
+        monkeypatch.setattr(launch, "PROGRAMS", programs)
         torch.manual_seed(0)
         by_chunking.append(results(case.attend, inputs, random_grad(case, inputs["qkv"])))
     for other in by_chunking[1:]:

@@ -42,8 +42,8 @@ class Configuration:
 
     def compile(self) -> list[dict]:
         """What the forward and the backward kernel need."""
-        from catkernels.kernels.ipsa_backward import ipsa_backward
-        from catkernels.kernels.ipsa_forward import ipsa_forward
+        from catkernels.kernels.ipsa.backward import ipsa_backward
+        from catkernels.kernels.ipsa.forward import ipsa_forward
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")

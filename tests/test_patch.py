@@ -14,7 +14,7 @@ from torch import nn
 import catkernels
 from catkernels import official
 from catkernels.block import CATBlock
-from catkernels.patch import patch, unpatch
+from catkernels.patching.patch import patch, unpatch
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 

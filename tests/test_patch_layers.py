@@ -7,7 +7,7 @@ import torch
 from patch_cases import build, run
 from torch import nn
 
-from catkernels.patch import patch, unpatch
+from catkernels.patching.patch import patch, unpatch
 
 PLACES = ["block", "norm1", "mlp.fc1"] + [
     f"attn{part}" for part in ("", ".qkv", ".proj", ".softmax", ".attn_drop", ".proj_drop")

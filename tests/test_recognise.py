@@ -8,7 +8,7 @@ from patch_cases import build, run
 from torch import nn
 
 from catkernels import official
-from catkernels.patch import patch
+from catkernels.patching.patch import patch
 
 
 class Renamed(official.CATBlock):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import catkernels
-from catkernels.ops.device import best_device, interpreting
 from catkernels.testing import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
+from catkernels.torch_state.device import best_device, interpreting
 
 pytest.importorskip("triton")
 

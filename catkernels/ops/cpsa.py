@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.device import (
+from catkernels.ops.operator import call_once_differentiable, define_operator
+from catkernels.reference import fold_weights
+from catkernels.torch_state.device import (
     device_reasons,
     interpreting,
     multiplies_float32_matrices,
 )
-from catkernels.ops.operator import call_once_differentiable, define_operator
-from catkernels.ops.precision import allows_tf32
-from catkernels.reference import fold_weights
+from catkernels.torch_state.precision import allows_tf32
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PATCH_SIZE = 8
@@ -114,7 +114,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(x, folded, bias, seed, patch_size, dropout_p, dtype):
-    from catkernels.kernels.cpsa_forward import cpsa_forward
+    from catkernels.kernels.cpsa.forward import cpsa_forward
 
     return cpsa_forward(x, folded, bias, seed, patch_size, dropout_p, dtype)
 
@@ -124,7 +124,7 @@ def _forward_fake(x, folded, bias, seed, patch_size, dropout_p, dtype):
 
 
 def _backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
-    from catkernels.kernels.cpsa_backward import cpsa_backward
+    from catkernels.kernels.cpsa.backward import cpsa_backward
 
     return cpsa_backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights)
 

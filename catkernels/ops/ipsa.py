@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.device import device_reasons
 from catkernels.ops.operator import call_once_differentiable, define_operator
+from catkernels.torch_state.device import device_reasons
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PATCH_SIZE = 8
@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
 def _forward(qkv, bias_table, qkv_bias, seed, save_lse, *problem):
     out, lse = _forward_outputs(qkv, bias_table, qkv_bias, seed, save_lse, *problem)
     if out.numel():
-        from catkernels.kernels.ipsa_forward import ipsa_forward
+        from catkernels.kernels.ipsa.forward import ipsa_forward
 
         tensors = _contiguous(qkv, bias_table, qkv_bias)
         ipsa_forward(*tensors, seed, out, lse if save_lse else None, *problem)
@@ -142,7 +142,7 @@ def _backward(grad_out, qkv, bias_table, qkv_bias, seed, lse, needs_table, *prob
     tensors = (grad_out, qkv, bias_table, qkv_bias)
     grad_pixels, grad_table = _backward_outputs(*tensors, seed, lse, needs_table, *problem)
     if grad_pixels.numel():
-        from catkernels.kernels.ipsa_backward import ipsa_backward
+        from catkernels.kernels.ipsa.backward import ipsa_backward
 
         ipsa_backward(
             *_contiguous(*tensors),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from catkernels.ops.precision import autocast_is_on, compute_dtype
+from catkernels.torch_state.precision import autocast_is_on, compute_dtype
 
 
 def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:

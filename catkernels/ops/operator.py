@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from catkernels.ops.device import KERNEL_DEVICES, TRITON_IS_INSTALLED, interpreting
+from catkernels.torch_state.device import KERNEL_DEVICES, TRITON_IS_INSTALLED, interpreting
 
 # Keeps the operators that are defined in it alive.
 _library = torch.library.Library("catkernels", "FRAGMENT")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from catkernels.ops.device import best_device
+from catkernels.torch_state.device import best_device
 
 Result = TypeVar("Result")
 

@@ -4,7 +4,7 @@ A patch of N x N pixels is one token. It is laid on a grid of 8 x 8 pixels, so t
 coordinates for every N up to 8; those beside the patch are zero and stay zero.
 
 The weights come folded (`catkernels.reference.fold_weights`): keys and values are the tokens
-themselves: ``query = x A + u``, ``out = softmax(query x^T) x M + c``. See `cpsa_weights` for how A
+themselves: ``query = x A + u``, ``out = softmax(query x^T) x M + c``. See `weights` for how A
 and M are scaled.
 """
 

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_flash_backward import flash_backward
-from catkernels.kernels.cpsa_launch import (
+from catkernels.kernels.cpsa.flash_backward import flash_backward
+from catkernels.kernels.cpsa.launch import (
     PROGRAMS,
     TILE,
     Problem,
@@ -19,7 +19,7 @@ from catkernels.kernels.cpsa_launch import (
     backward_passes,
     backward_takes_tokens,
 )
-from catkernels.kernels.cpsa_tiles import (
+from catkernels.kernels.cpsa.tiles import (
     PIXELS,
     ROWS,
     from_groups,
@@ -30,8 +30,8 @@ from catkernels.kernels.cpsa_tiles import (
     tile_softmax,
     to_groups,
 )
-from catkernels.kernels.cpsa_tokens import from_tokens, load_tokens, store_tokens, to_tokens
-from catkernels.kernels.cpsa_weights import (
+from catkernels.kernels.cpsa.tokens import from_tokens, load_tokens, store_tokens, to_tokens
+from catkernels.kernels.cpsa.weights import (
     MATRIX,
     PARTIAL,
     SCORE_CONSTANT,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_tiles import GRID, PIXELS
+from catkernels.kernels.cpsa.tiles import GRID, PIXELS
 
 # where the constants begin
 SCORE_CONSTANT = tl.constexpr(0)

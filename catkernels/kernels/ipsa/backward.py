@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.ipsa_launch import TILE, Problem
-from catkernels.kernels.ipsa_window import (
+from catkernels.kernels.ipsa.launch import TILE, Problem
+from catkernels.kernels.ipsa.window import (
     bias_tile,
     head_channels,
     keep_tile,

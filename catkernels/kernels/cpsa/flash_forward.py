@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_launch import Problem, flash_forward_launch
-from catkernels.kernels.cpsa_tiles import PIXELS, dropout_factor
-from catkernels.kernels.cpsa_tokens import load_tokens, store_tokens
-from catkernels.kernels.cpsa_weights import (
+from catkernels.kernels.cpsa.launch import Problem, flash_forward_launch
+from catkernels.kernels.cpsa.tiles import PIXELS, dropout_factor
+from catkernels.kernels.cpsa.tokens import load_tokens, store_tokens
+from catkernels.kernels.cpsa.weights import (
     MATRIX,
     OUT_CONSTANT,
     SCORE_CONSTANT,

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_flash import flash_forward
-from catkernels.kernels.cpsa_launch import Problem, attention_arguments, forward_launch
-from catkernels.kernels.cpsa_tiles import (
+from catkernels.kernels.cpsa.flash_forward import flash_forward
+from catkernels.kernels.cpsa.launch import Problem, attention_arguments, forward_launch
+from catkernels.kernels.cpsa.tiles import (
     ROWS,
     from_groups,
     get_group,
@@ -20,8 +20,8 @@ from catkernels.kernels.cpsa_tiles import (
     tile_softmax,
     to_groups,
 )
-from catkernels.kernels.cpsa_tokens import from_tokens, to_tokens
-from catkernels.kernels.cpsa_weights import (
+from catkernels.kernels.cpsa.tokens import from_tokens, to_tokens
+from catkernels.kernels.cpsa.weights import (
     MATRIX,
     OUT_CONSTANT,
     SCORE_CONSTANT,

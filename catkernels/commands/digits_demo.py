@@ -16,8 +16,8 @@ from catkernels.block import CATBlock
 from catkernels.cat import CAT
 from catkernels.checkpoint import load_checkpoint
 from catkernels.digits import pretrained_digits
-from catkernels.ops.device import best_device
 from catkernels.reference import from_windows
+from catkernels.torch_state.device import best_device
 from catkernels.training.data import digits_data
 
 

@@ -17,7 +17,7 @@ from catkernels.block import CHILDREN, CATBlock, needs_its_own_call
 from catkernels.functional import Backend, check_backend
 from catkernels.modules import CPSA, IPSA, head_dim, is_plain_linear
 from catkernels.ops import cpsa, ipsa
-from catkernels.recognise import (
+from catkernels.patching.recognise import (
     always_checkpoints,
     is_sharded,
     patch_side,

@@ -12,22 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_flash import (
+from catkernels.kernels.cpsa.flash_forward import (
     attend_keys,
     block_attention_grad,
     block_dropout,
     block_scores,
 )
-from catkernels.kernels.cpsa_launch import (
+from catkernels.kernels.cpsa.launch import (
     PROGRAMS,
     TILE,
     Problem,
     flash_backward_launch,
     flash_weights_launch,
 )
-from catkernels.kernels.cpsa_tiles import PIXELS
-from catkernels.kernels.cpsa_tokens import load_tokens, store_tokens
-from catkernels.kernels.cpsa_weights import (
+from catkernels.kernels.cpsa.tiles import PIXELS
+from catkernels.kernels.cpsa.tokens import load_tokens, store_tokens
+from catkernels.kernels.cpsa.weights import (
     MATRIX,
     PARTIAL,
     SCORE_CONSTANT,

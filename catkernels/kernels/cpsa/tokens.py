@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.cpsa_launch import COPY_CHANNELS, COPY_PATCHES, Problem
-from catkernels.kernels.cpsa_tiles import GRID, PIXELS, map_tile
+from catkernels.kernels.cpsa.launch import COPY_CHANNELS, COPY_PATCHES, Problem
+from catkernels.kernels.cpsa.tiles import GRID, PIXELS, map_tile
 
 
 @triton.jit

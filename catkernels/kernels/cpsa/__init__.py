@@ -1,0 +1,1 @@
+"""The CPSA kernels and their launchers."""

@@ -1,0 +1,1 @@
+"""The IPSA kernels and their launchers."""

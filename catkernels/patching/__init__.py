@@ -1,0 +1,1 @@
+"""Other people's models: their blocks recognised, swapped for ours, and put back."""

@@ -1,0 +1,1 @@
+"""What PyTorch says about a call: its device, precision and function transforms."""
