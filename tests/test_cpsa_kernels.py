@@ -77,7 +77,7 @@ ODD_SHAPES = [
 @pytest.fixture(params=["sm_80", "sm_90", "gfx9", pytest.param("sm_100", marks=pytest.mark.full)])
 def architecture(request, monkeypatch) -> str:
     """Kernels are launched here as on this architecture."""
-    monkeypatch.setattr("catkernels.kernels.cpsa.launch.architecture", lambda _: request.param)
+    monkeypatch.setattr("catkernels.kernels.launch.architecture", lambda _: request.param)
     return request.param
 
 
@@ -201,8 +201,8 @@ def test_any_chunking_gives_the_same_bits(shape, monkeypatch):
     for actual, expected in zip(run(), first, strict=True):
         assert torch.equal(actual, expected)
     monkeypatch.setattr("catkernels.kernels.cpsa.launch.Problem.wide", True)
-    for module in ("cpsa_backward", "cpsa_flash_backward"):
-        monkeypatch.setattr(f"catkernels.kernels.{module}.PROGRAMS", 2)
+    for module in ("backward", "flash_backward"):
+        monkeypatch.setattr(f"catkernels.kernels.cpsa.{module}.PROGRAMS", 2)
     out, dx, *_ = run()
     assert torch.equal(out, first[0])
     assert torch.equal(dx, first[1])

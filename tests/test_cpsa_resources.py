@@ -82,9 +82,11 @@ class Configuration:
             if self.wide:
                 stack.enter_context(mock.patch.object(Problem, "wide", True))
             compiled = stack.enter_context(compiling_for(self.target))
-            cpsa_forward(x, folded, bias, seed, 7, dropout_p, dtype)
+            out = meta(*size, dtype=dtype)
+            cpsa_forward(x, folded, bias, seed, out, 7, dropout_p)
             if has_backward:
-                cpsa_backward(meta(*size, dtype=dtype), x, folded, seed, 7, dropout_p, True, True)
+                grads = (torch.empty_like(t) for t in (x, folded, bias))
+                cpsa_backward(out, x, folded, seed, *grads, 7, dropout_p)
         helpers = ("cpsa_prepare_weights_kernel", "cpsa_sum_partials_kernel")
         return [asdict(resources) for resources in compiled if resources.kernel not in helpers]
 
@@ -171,7 +173,7 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         # all but constants and statistics moves 16 bytes at a time; backward passes that take 4
         # channels of 16 patches, one group, move 8
         access = kernel["global_access"]
-        narrow = num_patches == 16 and kernel["kernel"] == "cpsa_packed_backward_kernel"
+        narrow = num_patches == 16 and kernel["kernel"] == "cpsa_map_backward_kernel"
         if not narrow:
             wide = access["load128"] + access["store128"]
             assert wide >= (4 if num_patches == 1 else 12), message

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import catkernels
 from catkernels import official
-from catkernels.ops import cpsa
+from catkernels.ops import cpsa, limits
 from catkernels.testing import (
     Shape,
     assert_draws_within_error_budget,
@@ -235,7 +235,7 @@ def test_every_setting_of_float32_products_reaches_the_kernels(name, monkeypatch
 
     # as on a GPU of NVIDIA's, where exact products of many patches are left to the reference
     monkeypatch.setattr(cpsa, "interpreting", lambda: False)
-    monkeypatch.setattr(cpsa, "device_reasons", lambda device: [])
+    monkeypatch.setattr(limits, "device_reasons", lambda device: [])
     call = {"device": torch.device("cuda"), "dtype": torch.float32, "patch_size": 7}
     reasons = cpsa.unsupported_reasons(**call, num_patches=4)
     assert ["TF32" in reason for reason in reasons] == [True] * (expected == "ieee")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.operator import call_once_differentiable, define_operator
+from catkernels.ops.limits import map_reasons
+from catkernels.ops.operator import (
+    call_once_differentiable,
+    contiguous,
+    define_operator,
+    draw_seed,
+    needs_grad,
+)
 from catkernels.reference import fold_weights
 from catkernels.torch_state.device import (
-    device_reasons,
     interpreting,
     multiplies_float32_matrices,
 )
 from catkernels.torch_state.precision import allows_tf32
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_PATCH_SIZE = 8
 
 
 def unsupported_reasons(
@@ -33,11 +36,7 @@ def unsupported_reasons(
         num_patches: P, of the padded map.
         needs_grad: whether there will be a backward pass.
     """
-    reasons = device_reasons(device)
-    if dtype not in DTYPES:
-        reasons.append(f"the kernels compute in float16, bfloat16 and float32, not in {dtype}")
-    if patch_size > MAX_PATCH_SIZE:
-        reasons.append(f"the kernels take patch sizes up to {MAX_PATCH_SIZE}, not {patch_size}")
+    reasons = map_reasons(device, dtype, patch_size)
     if needs_grad and dtype == torch.float32 and num_patches > 1 and not interpreting():
         # without matrix instructions the terms of exact products spill
         exact = torch.version.hip is not None or not allows_tf32()
@@ -71,11 +70,9 @@ def cpsa_attention(
     with torch.autocast(x.device.type, enabled=False):
         folded = fold_weights(qkv_weight, qkv_bias, proj_weight, scale)
         bias = None if proj_bias is None else proj_bias.float()
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    seed = draw_seed(dropout_p, x.device)
     arguments = (x, folded, bias, seed, patch_size, dropout_p, dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3]):
+    if needs_grad(x, folded, bias):
         return _Attention.apply(*arguments)
     return torch.ops.catkernels.cpsa_forward(*arguments)
 
@@ -114,27 +111,50 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(x, folded, bias, seed, patch_size, dropout_p, dtype):
-    from catkernels.kernels.cpsa.forward import cpsa_forward
+    out = _forward_output(x, folded, bias, seed, patch_size, dropout_p, dtype)
+    if out.numel():
+        from catkernels.kernels.cpsa.forward import cpsa_forward
 
-    return cpsa_forward(x, folded, bias, seed, patch_size, dropout_p, dtype)
+        cpsa_forward(x.contiguous(), folded, bias, seed, out, patch_size, dropout_p)
+    return out
 
 
-def _forward_fake(x, folded, bias, seed, patch_size, dropout_p, dtype):
+def _forward_output(x, folded, bias, seed, patch_size, dropout_p, dtype):
+    """The map (B, H, W, C), not written yet."""
     return x.new_empty(x.shape, dtype=dtype)
 
 
 def _backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
-    from catkernels.kernels.cpsa.backward import cpsa_backward
+    grads = _backward_outputs(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights)
+    x_grad, folded_grad, bias_grad = grads
+    if x.numel():
+        from catkernels.kernels.cpsa.backward import cpsa_backward
 
-    return cpsa_backward(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights)
+        cpsa_backward(
+            *contiguous(grad, x),
+            folded,
+            seed,
+            x_grad if needs_x else None,
+            folded_grad if needs_weights else None,
+            bias_grad if needs_weights else None,
+            patch_size,
+            dropout_p,
+        )
+    else:
+        folded_grad.zero_()
+        bias_grad.zero_()
+    return grads
 
 
-def _backward_fake(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
-    bias_shape = folded.shape[2:]
+def _backward_outputs(grad, x, folded, seed, patch_size, dropout_p, needs_x, needs_weights):
+    """Gradients of x, of the folded weights and of the bias, not written yet; empty if not needed.
+
+    The bias is (N*N,).
+    """
     return (
         x.new_empty(x.shape if needs_x else (0,)),
         folded.new_empty(folded.shape if needs_weights else (0,)),
-        folded.new_empty(bias_shape if needs_weights else (0,)),
+        folded.new_empty(folded.shape[2:] if needs_weights else (0,)),
     )
 
 
@@ -162,13 +182,13 @@ define_operator(
     "cpsa_forward(Tensor x, Tensor folded, Tensor? bias, Tensor? seed, "
     "int patch_size, float dropout_p, ScalarType dtype) -> Tensor",
     _forward,
-    _forward_fake,
+    _forward_output,
     _forward_flops,
 )
 define_operator(
     "cpsa_backward(Tensor grad, Tensor x, Tensor folded, Tensor? seed, int patch_size, "
     "float dropout_p, bool needs_x, bool needs_weights) -> (Tensor, Tensor, Tensor)",
     _backward,
-    _backward_fake,
+    _backward_outputs,
     _backward_flops,
 )

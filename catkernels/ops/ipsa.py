@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.operator import call_once_differentiable, define_operator
-from catkernels.torch_state.device import device_reasons
+from catkernels.ops.limits import map_reasons
+from catkernels.ops.operator import (
+    call_once_differentiable,
+    contiguous,
+    define_operator,
+    draw_seed,
+    needs_grad,
+)
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_PATCH_SIZE = 8
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 
@@ -28,11 +32,7 @@ def unsupported_reasons(
         needs_grad: as of `cpsa.unsupported_reasons`; here the backward pass takes what the forward
             pass takes.
     """
-    reasons = device_reasons(device)
-    if dtype not in DTYPES:
-        reasons.append(f"the kernels compute in float16, bfloat16 and float32, not in {dtype}")
-    if patch_size > MAX_PATCH_SIZE:
-        reasons.append(f"the kernels take patch sizes up to {MAX_PATCH_SIZE}, not {patch_size}")
+    reasons = map_reasons(device, dtype, patch_size)
     if head_dim % 8 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         reasons.append(
             f"the kernels take head dimensions from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} "
@@ -65,11 +65,9 @@ def ipsa_attention(
     # where nothing is padded the bias is in no result, and so in no graph
     padded = qkv.shape[1] % patch_size or qkv.shape[2] % patch_size
     tensors = (qkv, bias_table, qkv_bias if padded else None)
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=qkv.device)
+    seed = draw_seed(dropout_p, qkv.device)
     problem = (num_heads, patch_size, scale, dropout_p)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         return _Attention.apply(*tensors, seed, *problem)[0]
     return torch.ops.catkernels.ipsa_forward(*tensors, seed, False, *problem)[0]
 
@@ -125,7 +123,7 @@ def _forward(qkv, bias_table, qkv_bias, seed, save_lse, *problem):
     if out.numel():
         from catkernels.kernels.ipsa.forward import ipsa_forward
 
-        tensors = _contiguous(qkv, bias_table, qkv_bias)
+        tensors = contiguous(qkv, bias_table, qkv_bias)
         ipsa_forward(*tensors, seed, out, lse if save_lse else None, *problem)
     return out, lse
 
@@ -145,7 +143,7 @@ def _backward(grad_out, qkv, bias_table, qkv_bias, seed, lse, needs_table, *prob
         from catkernels.kernels.ipsa.backward import ipsa_backward
 
         ipsa_backward(
-            *_contiguous(*tensors),
+            *contiguous(*tensors),
             seed,
             lse if lse.numel() else None,
             grad_pixels,
@@ -174,10 +172,6 @@ def _num_windows(shape: torch.Size, patch_size: int) -> int:
     """Windows of a batch of maps (B, H, W, 3C), those that reach beyond a map included."""
     batch, height, width, _ = shape
     return batch * -(-height // patch_size) * -(-width // patch_size)
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _forward_flops(qkv_shape, *arguments, **_) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from catkernels.torch_state.device import KERNEL_DEVICES, TRITON_IS_INSTALLED, interpreting
 
@@ -36,6 +37,25 @@ def define_operator(
 
         register_flop_formula(operator)(flops)
     return operator
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed (1,) of a call's dropout, drawn from the device's generator; None for no dropout.
+
+    It is an argument of the operator, which so gives the same for the same arguments.
+    """
+    if dropout_p == 0:
+        return None
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
 def call_once_differentiable(operator: Callable, function: str, *arguments):

@@ -13,11 +13,9 @@ from torch import Tensor
 from catkernels.kernels.cpsa.flash_backward import flash_backward
 from catkernels.kernels.cpsa.launch import (
     PROGRAMS,
-    TILE,
     Problem,
-    attention_arguments,
     backward_passes,
-    backward_takes_tokens,
+    backward_route,
 )
 from catkernels.kernels.cpsa.tiles import (
     PIXELS,
@@ -46,12 +44,12 @@ from catkernels.kernels.cpsa.weights import (
     sum_rows,
     zero_gradients,
 )
-from catkernels.kernels.launch import on_device
+from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import dot
 
 
 @triton.jit
-def cpsa_packed_backward_kernel(
+def cpsa_map_backward_kernel(
     x_ptr,
     grad_ptr,
     matrices_ptr,
@@ -117,7 +115,8 @@ def cpsa_packed_backward_kernel(
         # [GROUPS, ROWS, PIXELS]
         x_groups = to_groups(x, GROUPS, PATCHES_HIGH, PATCHES_LOW)
         grad_groups = to_groups(grad, GROUPS, PATCHES_HIGH, PATCHES_LOW)
-        dx_groups = tl.zeros((GROUPS, ROWS, PIXELS), dx_ptr.dtype.element_ty)
+        if GIVE_X:
+            dx_groups = tl.zeros((GROUPS, ROWS, PIXELS), dx_ptr.dtype.element_ty)
         for group in tl.static_range(GROUPS):
             dx, gradients = _tile_gradients(
                 get_group(x_groups, group, dtype),
@@ -163,7 +162,7 @@ def cpsa_tokens_backward_kernel(
     GIVE_SCORE: tl.constexpr,
     GIVE_VALUE: tl.constexpr,
 ):
-    """`cpsa_packed_backward_kernel` on the tokens of up to 64 patches.
+    """`cpsa_map_backward_kernel` on the tokens of up to 64 patches.
 
     Grid: (programs,), each of which takes every programs-th sequence
     Writes: dx_ptr (B*C, P, 64); partials_ptr (programs, PARTIAL), each program's sum.
@@ -285,72 +284,62 @@ def cpsa_backward(
     x: Tensor,
     folded: Tensor,
     seed: Tensor | None,
+    dx: Tensor | None,
+    folded_grad: Tensor | None,
+    bias_grad: Tensor | None,
     patch_size: int,
     dropout_p: float,
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `cpsa_forward`, computed in the dtype of ``grad``.
+) -> None:
+    """The gradients of `cpsa_forward`, computed in the dtype of ``grad``. Tensors are contiguous.
 
     Args:
         grad: gradient (B, H, W, C) of the output.
         x, folded, seed: as in the forward pass.
-        needs_x, needs_weights: which gradients to compute.
-
-    Returns:
-        Gradients of x (B, H, W, C) in its dtype, of ``folded`` and of the bias (N*N,) in float32;
-        those not asked for are empty.
+        dx: written; gradient (B, H, W, C) of x, in its dtype. Or None.
+        folded_grad, bias_grad: written; gradients of ``folded`` and of the bias (N*N,), in float32.
+            Or both None.
     """
-    x, grad = x.contiguous(), grad.contiguous()
-    problem = Problem.of(x, patch_size)
-    dx = torch.empty_like(x) if needs_x else x.new_empty((0,))
-    if x.numel() == 0 or not needs_weights:
-        weight_grads = _no_weight_grads(folded, needs_weights)
-    if x.numel() == 0:
-        return dx, *weight_grads
-
+    needs = (dx is not None, folded_grad is not None)
     with on_device(x.device):
+        problem = Problem.of(x, grad.dtype, patch_size, dropout_p)
         matrices, constants = prepare_weights(folded, None, patch_size, grad.dtype)
-        attention = attention_arguments(seed, dropout_p, grad.dtype)
-        attention.update(matrices_ptr=matrices, constants_ptr=constants)
-        if backward_takes_tokens(problem):
-            tokens, grad_tokens = (to_tokens(t, problem, grad.dtype) for t in (x, grad))
-            backward_of_tokens = flash_backward if problem.num_patches > TILE else _tokens_backward
-            dx_tokens, partials = backward_of_tokens(
-                tokens, grad_tokens, problem, attention, needs_x, needs_weights
-            )
-            if needs_x:
-                from_tokens(dx_tokens, problem, dx)
+        attention = {
+            "matrices_ptr": matrices,
+            "constants_ptr": constants,
+            "seed_ptr": seed,
+            **problem.attention_arguments(),
+        }
+        route = backward_route(problem)
+        if route == "map":
+            partials = _map_backward(x, grad, dx, problem, attention, *needs)
         else:
-            partials = _packed_backward(x, grad, dx, problem, attention, needs_x, needs_weights)
-        if needs_weights:
-            weight_grads = sum_partials(partials, constants, patch_size)
-    return dx, *weight_grads
+            tokens, grad_tokens = to_tokens(x, problem), to_tokens(grad, problem)
+            backward_of_tokens = flash_backward if route == "flash" else _tokens_backward
+            dx_tokens, partials = backward_of_tokens(
+                tokens, grad_tokens, problem, attention, *needs
+            )
+            if dx is not None:
+                from_tokens(dx_tokens, problem, dx)
+        if folded_grad is not None:
+            sum_partials(partials, constants, folded_grad, bias_grad, patch_size)
 
 
-def _no_weight_grads(folded: Tensor, zero: bool) -> tuple[Tensor, Tensor]:
-    """Zeros for the gradients of the weights, or empty tensors."""
-    if zero:
-        return torch.zeros_like(folded), folded.new_zeros(folded.shape[2:])
-    return folded.new_empty((0,)), folded.new_empty((0,))
-
-
-def _packed_backward(
+def _map_backward(
     x: Tensor,
     grad: Tensor,
-    dx: Tensor,
+    dx: Tensor | None,
     problem: Problem,
     attention: dict,
     needs_x: bool,
     needs_weights: bool,
 ) -> Tensor:
     """Fill ``dx`` (B, H, W, C); the programs' sums (programs, PARTIAL)."""
-    passes = backward_passes(problem, grad.dtype, x.device)
+    passes = launched_as(backward_passes, problem)
     tiles = [problem.batch * triton.cdiv(problem.channels, p.block_c) for p in passes]
     partials = x.new_empty((min(PROGRAMS, *tiles), PARTIAL.value), dtype=torch.float32)
     for backward_pass, num_tiles in zip(passes, tiles, strict=True):
         if backward_pass.is_needed(needs_x, needs_weights):
-            cpsa_packed_backward_kernel[(partials.shape[0],)](
+            cpsa_map_backward_kernel[(partials.shape[0],)](
                 x_ptr=x,
                 grad_ptr=grad,
                 dx_ptr=dx,
@@ -375,7 +364,7 @@ def _tokens_backward(
     dx = torch.empty_like(tokens)
     programs = min(PROGRAMS, problem.num_sequences)
     partials = tokens.new_empty((programs, PARTIAL.value), dtype=torch.float32)
-    for backward_pass in backward_passes(problem, tokens.dtype, tokens.device):
+    for backward_pass in launched_as(backward_passes, problem):
         if backward_pass.is_needed(needs_x, needs_weights):
             cpsa_tokens_backward_kernel[(programs,)](
                 x_ptr=tokens,

@@ -40,6 +40,7 @@ from catkernels.kernels.cpsa.weights import (
     sum_rows,
     zero_gradients,
 )
+from catkernels.kernels.launch import launched_as
 from catkernels.kernels.tiles import dot
 
 # What the first pass leaves of each query: the maximum of its scores and the inverse of the sum of
@@ -311,7 +312,7 @@ def flash_backward(
         The gradient (B*C, P, 64) of the tokens, and of the weights the sums (programs, PARTIAL)
         of each program, or None.
     """
-    launch = flash_backward_launch(tokens.dtype, tokens.device)
+    launch = launched_as(flash_backward_launch, problem)
     sequences, patches = problem.num_sequences, problem.num_patches
     query, query_grad, attended, attended_grad = (torch.empty_like(tokens) for _ in range(4))
     statistics = tokens.new_empty((NUM_STATISTICS, sequences, patches), dtype=torch.float32)
@@ -341,7 +342,7 @@ def flash_backward(
             **launch.constants(),
         )
     if needs_weights:
-        weights_launch = flash_weights_launch(tokens.dtype, tokens.device)
+        weights_launch = launched_as(flash_weights_launch, problem)
         blocks = sequences * triton.cdiv(patches, TILE)
         partials = tokens.new_empty((min(PROGRAMS, blocks), PARTIAL.value), dtype=torch.float32)
         cpsa_flash_weights_backward_kernel[(partials.shape[0],)](
@@ -355,8 +356,7 @@ def flash_backward(
             num_sequences=sequences,
             num_patches=patches,
             ROWS=TILE,
-            PRECISION=attention["PRECISION"],
-            num_warps=weights_launch.num_warps,
-            num_stages=weights_launch.num_stages,
+            PRECISION=problem.precision,
+            **weights_launch.constants(),
         )
     return dx, partials

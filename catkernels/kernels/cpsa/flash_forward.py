@@ -23,6 +23,7 @@ from catkernels.kernels.cpsa.weights import (
     load_constants,
     load_matrix,
 )
+from catkernels.kernels.launch import launched_as
 from catkernels.kernels.tiles import LOG2E, dot
 
 
@@ -172,7 +173,7 @@ def block_dropout(
 def flash_forward(tokens: Tensor, problem: Problem, attention: dict) -> Tensor:
     """The outputs (B*C, P, 64) of tokens (B*C, P, 64)."""
     out = torch.empty_like(tokens)
-    launch = flash_forward_launch(tokens.dtype)
+    launch = launched_as(flash_forward_launch, problem)
     blocks = triton.cdiv(problem.num_patches, launch.block_q)
     cpsa_flash_forward_kernel[(problem.num_sequences * blocks,)](
         x_ptr=tokens,

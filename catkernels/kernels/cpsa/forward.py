@@ -3,13 +3,12 @@
 A tile holds 64 tokens: all the patches of one channel, or of several that attend block-diagonally.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa.flash_forward import flash_forward
-from catkernels.kernels.cpsa.launch import Problem, attention_arguments, forward_launch
+from catkernels.kernels.cpsa.launch import Problem, forward_launch, forward_route
 from catkernels.kernels.cpsa.tiles import (
     ROWS,
     from_groups,
@@ -32,12 +31,12 @@ from catkernels.kernels.cpsa.weights import (
     load_matrix,
     prepare_weights,
 )
-from catkernels.kernels.launch import on_device
+from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import dot
 
 
 @triton.jit
-def cpsa_packed_forward_kernel(
+def cpsa_map_forward_kernel(
     x_ptr,
     matrices_ptr,
     constants_ptr,
@@ -149,42 +148,38 @@ def cpsa_forward(
     folded: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
+    out: Tensor,
     patch_size: int,
     dropout_p: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """CPSA with folded weights, computed in ``dtype``.
+) -> None:
+    """CPSA with folded weights, computed in the dtype of ``out``. All tensors are contiguous.
 
     Args:
         x: map (B, H, W, C), of any floating dtype.
         folded: float32 (2, N*N + 1, N*N), see `catkernels.reference.fold_weights`.
         bias: float32 (N*N,) of the outputs, or None.
         seed: int64 (1,) of the dropout, or None for none.
-
-    Returns:
-        (B, H, W, C) in ``dtype``, contiguous.
+        out: written; (B, H, W, C).
     """
-    x = x.contiguous()
-    out = torch.empty_like(x, dtype=dtype)
-    if out.numel() == 0:
-        return out
-    problem = Problem.of(x, patch_size)
     with on_device(x.device):
-        matrices, constants = prepare_weights(folded, bias, patch_size, dtype)
-        attention = attention_arguments(seed, dropout_p, dtype)
-        attention.update(matrices_ptr=matrices, constants_ptr=constants)
-        launch = forward_launch(problem, dtype, x.device)
-        if launch is None:
-            tokens = to_tokens(x, problem, dtype)
-            attended = flash_forward(tokens, problem, attention)
-            from_tokens(attended, problem, out)
-        else:
-            blocks = triton.cdiv(problem.channels, launch.block_c)
-            cpsa_packed_forward_kernel[(problem.batch * blocks,)](
-                x_ptr=x,
-                out_ptr=out,
-                **problem.map_arguments(),
-                **attention,
-                **launch.constants(),
-            )
-    return out
+        problem = Problem.of(x, out.dtype, patch_size, dropout_p)
+        matrices, constants = prepare_weights(folded, bias, patch_size, out.dtype)
+        attention = {
+            "matrices_ptr": matrices,
+            "constants_ptr": constants,
+            "seed_ptr": seed,
+            **problem.attention_arguments(),
+        }
+        if forward_route(problem) == "flash":
+            tokens = to_tokens(x, problem)
+            from_tokens(flash_forward(tokens, problem, attention), problem, out)
+            return
+        launch = launched_as(forward_launch, problem)
+        blocks = triton.cdiv(problem.channels, launch.block_c)
+        cpsa_map_forward_kernel[(problem.batch * blocks,)](
+            x_ptr=x,
+            out_ptr=out,
+            **problem.map_arguments(),
+            **attention,
+            **launch.constants(),
+        )

@@ -8,6 +8,7 @@ that tests/test_cpsa_resources.py names, for the versions of Triton in the files
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from catkernels.kernels.launch import (
     AMPERE,
     CDNA,
     Launch,
-    architecture,
+    MapProblem,
     dot_precision,
 )
 
@@ -32,38 +33,43 @@ PROGRAMS = 264
 COPY_PATCHES, COPY_CHANNELS = 16, 16
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The sizes of one call."""
+# The ways of CPSA's kernels: from tiles of the map, from tokens of which a tile holds whole
+# sequences, or from tokens in blocks, as FlashAttention takes them.
+Route = Literal["map", "tokens", "flash"]
 
-    batch: int
-    height: int
-    width: int
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(MapProblem):
+    """One call of CPSA, computed in ``dtype``, which need not be the map's."""
+
     channels: int
-    patch_size: int
 
     @classmethod
-    def of(cls, x: Tensor, patch_size: int) -> Problem:
-        return cls(*x.shape, patch_size)
-
-    @property
-    def num_patches(self) -> int:
-        return -(-self.height // self.patch_size) * -(-self.width // self.patch_size)
+    def of(cls, x: Tensor, dtype: torch.dtype, patch_size: int, dropout_p: float) -> Problem:
+        """The problem of a map (B, H, W, C), whose device must be the current one."""
+        batch, height, width, channels = x.shape
+        return cls(
+            dtype=dtype,
+            device=x.device,
+            precision=dot_precision(dtype),
+            batch=batch,
+            height=height,
+            width=width,
+            patch_size=patch_size,
+            dropout_p=dropout_p,
+            channels=channels,
+        )
 
     @property
     def num_sequences(self) -> int:
         return self.batch * self.channels
 
     @property
-    def padded(self) -> bool:
-        return self.height % self.patch_size != 0 or self.width % self.patch_size != 0
-
-    @property
     def wide(self) -> bool:
         """Whether offsets into one image need 64 bits."""
         return self.height * self.width * self.channels >= 2**31
 
-    def map_arguments(self) -> dict:
+    def map_arguments(self) -> dict[str, int | bool]:
         """The arguments of kernels that address the map."""
         return {
             "height": self.height,
@@ -75,21 +81,33 @@ class Problem:
             "WIDE": self.wide,
         }
 
-    def token_arguments(self) -> dict:
+    def token_arguments(self) -> dict[str, int]:
         """The arguments of kernels that address tokens."""
         return {"num_channels": self.channels, "num_patches": self.num_patches}
 
+    def attention_arguments(self) -> dict[str, int | float | str]:
+        """The arguments of kernels that attend."""
+        return {**self.dropout_arguments(), "PRECISION": self.precision}
 
-def attention_arguments(seed: Tensor | None, dropout_p: float, dtype: torch.dtype) -> dict:
-    """The arguments of kernels that attend."""
-    # dropout decides with 16 random bits, and rescales by what that makes of its probability
-    drop_threshold = min(round(dropout_p * 2**16), 2**16 - 1)
-    return {
-        "seed_ptr": seed,
-        "drop_threshold": drop_threshold,
-        "keep_scale": 2**16 / (2**16 - drop_threshold),
-        "PRECISION": dot_precision(dtype),
-    }
+
+def forward_route(problem: Problem) -> Route:
+    """Which kernels serve a forward pass."""
+    if problem.num_patches > TILE:
+        return "flash"
+    patches = triton.next_power_of_2(problem.num_patches)
+    if problem.dtype == torch.float32:
+        # two groups of float32 spill
+        return "map" if patches <= 16 else "flash"
+    # on Ampere eight groups spill (104 bytes)
+    return "flash" if patches == TILE and problem.architecture == AMPERE else "map"
+
+
+def backward_route(problem: Problem) -> Route:
+    """Which kernels serve a backward pass."""
+    if problem.num_patches > TILE:
+        return "flash"
+    # a map tile of more patches has too many groups
+    return "map" if problem.num_patches <= 16 else "tokens"
 
 
 @dataclass(frozen=True)
@@ -101,35 +119,29 @@ class TileLaunch(Launch):
     patches_high: int = 1  # times as many, which one thread owns
     reload: bool = False
 
-    def constants(self) -> dict:
+    def constants(self) -> dict[str, int | bool]:
         return {
             "BLOCK_C": self.block_c,
             "PATCHES_HIGH": self.patches_high,
             "PATCHES_LOW": self.patches_low,
             "RELOAD": self.reload,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
+            **super().constants(),
         }
 
 
-def forward_launch(problem: Problem, dtype: torch.dtype, device) -> TileLaunch | None:
-    """The launch of the packed forward kernel, or None where tokens serve better."""
-    if problem.num_patches > TILE:
-        return None
-    arch = architecture(device)
+def forward_launch(problem: Problem) -> TileLaunch:
+    """The launch of the forward kernel on map tiles."""
+    arch = problem.architecture
     patches = triton.next_power_of_2(problem.num_patches)
     # 16 bytes of neighbouring channels, or more where a tile holds more channels
-    block_c = max(16 // dtype.itemsize, TILE // patches)
-    if dtype == torch.float32:
-        # two groups of float32 spill; exact products want the registers of twice the threads
-        return TileLaunch(8, 1, block_c, patches) if patches <= 16 else None
+    block_c = max(16 // problem.dtype.itemsize, TILE // patches)
+    if problem.dtype == torch.float32:
+        # exact products want the registers of twice the threads
+        return TileLaunch(8, 1, block_c, patches)
     # Ampere keeps operands in registers: each use fetches the weights anew
     reload = arch == AMPERE
     if patches < TILE:
         return TileLaunch(4, 1, block_c, patches, reload=reload)
-    if arch == AMPERE:
-        # eight groups spill (104 bytes)
-        return None
     # Patches that one thread owns keep the operands' stores to shared memory at 16 bytes. Four
     # warps would spill on NVIDIA (240 bytes), eight on CDNA.
     num_warps, patches_high = (4, 4) if arch == CDNA else (8, 2)
@@ -166,17 +178,12 @@ class BackwardPass:
         }
 
 
-def backward_takes_tokens(problem: Problem) -> bool:
-    """Whether the backward pass reads tokens: a map tile of more patches has too many groups."""
-    return problem.num_patches > 16
-
-
-def backward_passes(problem: Problem, dtype: torch.dtype, device) -> tuple[BackwardPass, ...]:
+def backward_passes(problem: Problem) -> tuple[BackwardPass, ...]:
     """The passes that together give all gradients, for up to 64 patches.
 
     One pass multiplies least, but holds both sums of the weights' gradients beside the products.
     """
-    arch = architecture(device)
+    arch, dtype = problem.architecture, problem.dtype
     patches = triton.next_power_of_2(problem.num_patches)
     one_group = TILE // patches
     block_c = max(16 // dtype.itemsize, one_group)
@@ -206,30 +213,27 @@ class FlashLaunch(Launch):
     block_q: int
     block_k: int
 
-    def constants(self) -> dict:
-        return {
-            "BLOCK_Q": self.block_q,
-            "BLOCK_K": self.block_k,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_Q": self.block_q, "BLOCK_K": self.block_k, **super().constants()}
 
 
-def flash_forward_launch(dtype: torch.dtype) -> FlashLaunch:
-    # float32 products take registers that only twice the threads have
-    return FlashLaunch(8, 1, 64, 64) if dtype == torch.float32 else FlashLaunch(4, 2, 64, 64)
+def flash_forward_launch(problem: Problem) -> FlashLaunch:
+    if problem.dtype == torch.float32:
+        # float32 products take registers that only twice the threads have
+        return FlashLaunch(8, 1, 64, 64)
+    return FlashLaunch(4, 2, 64, 64)
 
 
-def flash_backward_launch(dtype: torch.dtype, device) -> FlashLaunch:
-    if dtype == torch.float32:
+def flash_backward_launch(problem: Problem) -> FlashLaunch:
+    if problem.dtype == torch.float32:
         # with 64 keys the queries' pass spills (168 bytes on Hopper)
         return FlashLaunch(8, 1, 64, 32)
     # with 64 queries the keys' pass spills on Ampere (16 bytes)
-    return FlashLaunch(4, 1, 32 if architecture(device) == AMPERE else 64, 64)
+    return FlashLaunch(4, 1, 32 if problem.architecture == AMPERE else 64, 64)
 
 
-def flash_weights_launch(dtype: torch.dtype, device) -> Launch:
-    if dtype == torch.float32:
+def flash_weights_launch(problem: Problem) -> Launch:
+    if problem.dtype == torch.float32:
         return Launch(8, 1)
     # on Ampere, fetching ahead frees registers (16 bytes are spilt without it)
-    return Launch(4, 2 if architecture(device) == AMPERE else 1)
+    return Launch(4, 2 if problem.architecture == AMPERE else 1)

@@ -1,6 +1,5 @@
 """Tokens (B*C, P, 64): every channel's patches as rows, for kernels that cannot hold map tiles."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -84,9 +83,10 @@ def cpsa_copy_tokens_kernel(
         )
 
 
-def to_tokens(x: Tensor, problem: Problem, dtype: torch.dtype) -> Tensor:
-    """The tokens (B*C, P, 64) in ``dtype`` of a contiguous map (B, H, W, C)."""
-    tokens = x.new_empty((problem.num_sequences, problem.num_patches, PIXELS.value), dtype=dtype)
+def to_tokens(x: Tensor, problem: Problem) -> Tensor:
+    """The tokens (B*C, P, 64), in the problem's dtype, of a contiguous map (B, H, W, C)."""
+    size = (problem.num_sequences, problem.num_patches, PIXELS.value)
+    tokens = x.new_empty(size, dtype=problem.dtype)
     _copy_tokens(x, tokens, problem, to_map=False)
     return tokens
 

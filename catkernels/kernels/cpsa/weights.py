@@ -185,13 +185,12 @@ def prepare_weights(
     return matrices, constants
 
 
-def sum_partials(partials: Tensor, constants: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Gradients (2, N*N + 1, N*N) of the folded weights and (N*N,) of the bias, in float32."""
-    side = patch_size**2
-    folded_grad = partials.new_empty((2, side + 1, side))
-    bias_grad = partials.new_empty((side,))
+def sum_partials(
+    partials: Tensor, constants: Tensor, folded_grad: Tensor, bias_grad: Tensor, patch_size: int
+) -> None:
+    """Write the gradients (2, N*N + 1, N*N) of the folded weights and (N*N,) of the bias."""
     block = 128
-    grid = (triton.cdiv(folded_grad.numel() + side, block),)
+    grid = (triton.cdiv(folded_grad.numel() + bias_grad.numel(), block),)
     cpsa_sum_partials_kernel[grid](
         partials,
         constants,
@@ -203,4 +202,3 @@ def sum_partials(partials: Tensor, constants: Tensor, patch_size: int) -> tuple[
         BLOCK_PARTIALS=64,
         num_warps=4,
     )
-    return folded_grad, bias_grad

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.ipsa.launch import TILE, Problem
+from catkernels.kernels.ipsa.launch import TILE, Problem, backward_launch
 from catkernels.kernels.ipsa.window import (
     bias_tile,
     head_channels,
@@ -18,7 +18,7 @@ from catkernels.kernels.ipsa.window import (
     pixel_rows,
     window_pixels,
 )
-from catkernels.kernels.launch import on_device
+from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import LOG2E, chunk_bounds, dot
 
 
@@ -201,7 +201,7 @@ def ipsa_backward(
     """
     with on_device(qkv.device):
         problem = Problem.of(qkv, num_heads, patch_size, scale, dropout_p)
-        launch = problem.backward_launch
+        launch = launched_as(backward_launch, problem)
         bias_partial = None
         if grad_table is not None:
             size = (problem.num_chunks, num_heads, TILE, TILE)
@@ -217,9 +217,8 @@ def ipsa_backward(
             bias_partial,
             qkv.shape[:3].numel(),
             scale,
-            **problem.arguments,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **problem.arguments(),
+            **launch.constants(),
         )
         if grad_table is not None:
             ipsa_table_gradient_kernel[(num_heads * (2 * patch_size - 1),)](

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.ipsa.launch import Problem
+from catkernels.kernels.ipsa.launch import Problem, forward_launch
 from catkernels.kernels.ipsa.window import (
     bias_tile,
     head_channels,
@@ -16,7 +16,7 @@ from catkernels.kernels.ipsa.window import (
     pixel_rows,
     window_pixels,
 )
-from catkernels.kernels.launch import on_device
+from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import LOG2E, chunk_bounds, dot
 
 
@@ -120,7 +120,7 @@ def ipsa_forward(
     """
     with on_device(qkv.device):
         problem = Problem.of(qkv, num_heads, patch_size, scale, dropout_p)
-        launch = problem.forward_launch
+        launch = launched_as(forward_launch, problem)
         ipsa_forward_kernel[(problem.num_chunks * num_heads,)](
             qkv,
             bias_table,
@@ -128,7 +128,6 @@ def ipsa_forward(
             seed,
             out,
             lse,
-            **problem.arguments,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **problem.arguments(),
+            **launch.constants(),
         )

@@ -15,6 +15,7 @@ from catkernels.kernels.launch import (
     CDNA,
     HOPPER,
     Launch,
+    MapProblem,
     dot_precision,
     pick,
 )
@@ -58,37 +59,37 @@ BACKWARD = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call, as the kernels see it."""
+@dataclass(frozen=True, kw_only=True)
+class Problem(MapProblem):
+    """One call of IPSA; its patches are windows."""
 
-    batch: int
-    height: int
-    width: int
     num_heads: int
     head_dim: int
-    patch_size: int
     scale: float
-    dropout_p: float
-    dtype: torch.dtype
-    device: torch.device
-    precision: str
 
     @classmethod
     def of(
         cls, qkv: Tensor, num_heads: int, patch_size: int, scale: float, dropout_p: float
     ) -> Problem:
         """The problem of a map (B, H, W, 3C), whose device must be the current one."""
-        *sizes, channels = qkv.shape
-        head_dim = channels // (3 * num_heads)
-        precision = dot_precision(qkv.dtype)
-        options = (scale, dropout_p, qkv.dtype, qkv.device, precision)
-        return cls(*sizes, num_heads, head_dim, patch_size, *options)
+        batch, height, width, channels = qkv.shape
+        return cls(
+            dtype=qkv.dtype,
+            device=qkv.device,
+            precision=dot_precision(qkv.dtype),
+            batch=batch,
+            height=height,
+            width=width,
+            patch_size=patch_size,
+            dropout_p=dropout_p,
+            num_heads=num_heads,
+            head_dim=channels // (3 * num_heads),
+            scale=scale,
+        )
 
     @property
     def num_windows(self) -> int:
-        rows, columns = (-(-side // self.patch_size) for side in (self.height, self.width))
-        return self.batch * rows * columns
+        return self.batch * self.num_patches
 
     @property
     def windows_per_tile(self) -> int:
@@ -100,17 +101,10 @@ class Problem:
         tiles = -(-self.num_windows // self.windows_per_tile)
         return min(tiles, max(1, PROGRAMS // self.num_heads))
 
-    @property
-    def padded(self) -> bool:
-        return self.height % self.patch_size != 0 or self.width % self.patch_size != 0
-
-    @property
     def arguments(self) -> dict[str, int | float | str]:
         """The arguments by value and the constants that both kernels take."""
         # scores in units of log 2 save a product per weight; float32 would feel their rounding
         score_unit = 1.0 if self.dtype == torch.float32 else math.log2(math.e)
-        # dropout decides by 16 random bits, and rescales by what that makes of its probability
-        drop_threshold = min(round(self.dropout_p * 2**16), 2**16 - 1)
         block_d = max(16, triton.next_power_of_2(self.head_dim))
         return {
             "height": self.height,
@@ -118,8 +112,7 @@ class Problem:
             "num_heads": self.num_heads,
             "num_windows": self.num_windows,
             "score_scale": self.scale * score_unit,
-            "drop_threshold": drop_threshold,
-            "keep_scale": 2**16 / (2**16 - drop_threshold),
+            **self.dropout_arguments(),
             "PATCH": self.patch_size,
             "WINDOWS": self.windows_per_tile,
             "TILE": TILE,
@@ -130,21 +123,21 @@ class Problem:
             "SCORE_UNIT": score_unit,
         }
 
-    @property
-    def forward_launch(self) -> Launch:
-        return pick(FORWARD[self._kind], self.device)
 
-    @property
-    def backward_launch(self) -> Launch:
-        kind = self._kind
-        if kind == "half" and (self.padded or self.dropout_p):
-            kind = "padded or dropped half"
-        if kind == "ieee" and self.head_dim > MAX_BLOCK_D[self.dtype.itemsize]:
-            kind = "ieee in pieces"
-        return pick(BACKWARD[kind], self.device)
+def forward_launch(problem: Problem) -> Launch:
+    return pick(FORWARD[_kind(problem)], problem)
 
-    @property
-    def _kind(self) -> str:
-        if self.dtype == torch.float32:
-            return self.precision
-        return "half" if self.head_dim <= 64 else "wide half"
+
+def backward_launch(problem: Problem) -> Launch:
+    kind = _kind(problem)
+    if kind == "half" and (problem.padded or problem.dropout_p):
+        kind = "padded or dropped half"
+    if kind == "ieee" and problem.head_dim > MAX_BLOCK_D[problem.dtype.itemsize]:
+        kind = "ieee in pieces"
+    return pick(BACKWARD[kind], problem)
+
+
+def _kind(problem: Problem) -> str:
+    if problem.dtype == torch.float32:
+        return problem.precision
+    return "half" if problem.head_dim <= 64 else "wide half"
