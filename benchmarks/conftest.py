@@ -34,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[START_S] = time.monotonic()
+    if config.getoption("--benchmark") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks are timed one after the other: leave out -n")
     if config.getoption("--benchmark") and DEVICE.type != "cpu" and interpreting():
         raise pytest.UsageError("TRITON_INTERPRET is set: unset it to time what the GPU does")
 

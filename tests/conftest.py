@@ -7,16 +7,16 @@ import os
 import hypothesis
 import pytest
 import torch
-from interpreter import (  # noqa: F401 (fixtures)
-    device,
-    launches,
-    round_to_nearest_bf16,
-    tf32_on_gpus,
-)
+
+pytest_plugins = ["kernel_fixtures"]  # of the tests that run kernels
 
 # Without a GPU the kernels run in Triton's interpreter, which must be on before Triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# One thread for this process and for those that tests start: the workers of pytest-xdist share the
+# cores, and tensors this small gain nothing from a second one.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

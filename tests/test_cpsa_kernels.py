@@ -20,7 +20,7 @@ from cpsa_cases import (
     make_shape,
     with_gradients,
 )
-from interpreter import kept
+from philox import kept
 from torch import Tensor
 
 from catkernels import reference

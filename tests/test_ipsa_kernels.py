@@ -13,7 +13,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreter import kept
 from ipsa_cases import (
     CASES,
     DTYPES,
@@ -28,6 +27,7 @@ from ipsa_cases import (
     random_grad,
     results,
 )
+from philox import kept
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")
