@@ -15,18 +15,14 @@ from catkernels.modules import (
     check_floating,
     cpsa_layer,
     ipsa_layer,
-    is_intercepted,
     recomputes_norm,
 )
+from catkernels.torch_state.hooks import is_intercepted, share_hooks
 
 # What an official block consists of.
 CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
 # The names under which official blocks keep the size of the map that their tokens are.
 _MAP_SIZE = {"H", "W", "input_resolution"}
-# How the names of the dictionaries end that hold a module's hooks.
-_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-# Set by a hook's registration, beside the dictionaries that hold the hooks.
-_HOOK_FLAG = "_is_full_backward_hook"
 
 
 class CATBlock(nn.Module):
@@ -96,10 +92,9 @@ class CATBlock(nn.Module):
         """A block with the very children, hooks and mode of an official one, which it remembers."""
         adopted = cls.__new__(cls)
         nn.Module.__init__(adopted)
-        for name, value in vars(block).items():
-            # the hooks' own dictionaries, so that a hook's handle still removes it
-            if name in _MAP_SIZE or name == _HOOK_FLAG or name.endswith(_HOOKS):
-                setattr(adopted, name, value)
+        share_hooks(block, adopted)
+        for name in _MAP_SIZE & vars(block).keys():
+            setattr(adopted, name, getattr(block, name))
         for name in CHILDREN:
             setattr(adopted, name, getattr(block, name))
         adopted.attn_type = block.attn_type
@@ -136,7 +131,7 @@ class CATBlock(nn.Module):
         (block,) = self._adopted
         block.training = self.training
         self.backend = self._former_backend
-        setattr(block, _HOOK_FLAG, getattr(self, _HOOK_FLAG))
+        share_hooks(self, block)
         for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             getattr(block, registry).update(getattr(self, registry))
         for name in _MAP_SIZE & vars(block).keys():

@@ -27,7 +27,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
 
 def ipsa_attention(
     qkv: Tensor,
-    bias_table: Tensor | None = None,
+    bias_table: Tensor | None,
     *,
     num_heads: int,
     patch_size: int | tuple[int, int],
@@ -46,8 +46,10 @@ def ipsa_attention(
     Args:
         qkv: queries, keys and values (B, H, W, 3C), the last axis laid out (3, heads, C / heads);
             any floating dtype and strides. Autocast casts it as it does `torch.nn.Linear`'s input.
+            It is what a linear layer makes of a map (B, H, W, C). The map itself cannot be told
+            from it where ``3 * num_heads`` divides C, and would come back with C / 3 channels.
         bias_table: relative position bias ((2N - 1)**2, heads) of any floating dtype; its row is
-            ``(dy + N-1) (2N-1) + (dx + N-1)``. None: no bias.
+            ``(dy + N-1) (2N-1) + (dx + N-1)``. None, which must be said: no bias.
         num_heads: number of heads; divides C.
         patch_size: N, or (N, N).
         scale: factor on ``q k^T``. None: ``(C / heads)**-0.5``.
@@ -227,7 +229,7 @@ def check_probability(name: str, probability: float) -> float:
 
 
 def _ipsa_reasons(
-    qkv, bias_table=None, *, num_heads, patch_size, qkv_bias=None, return_attention=False, **_
+    qkv, bias_table, *, num_heads, patch_size, qkv_bias=None, return_attention=False, **_
 ) -> list[str]:
     head_dim = qkv.shape[-1] // 3 // num_heads
     needs_grad = _needs_grad(qkv, bias_table, qkv_bias)
@@ -294,7 +296,7 @@ def _runs_kernels(
 
 def _check_ipsa(
     qkv,
-    bias_table=None,
+    bias_table,
     *,
     num_heads,
     patch_size,
@@ -309,13 +311,15 @@ def _check_ipsa(
     _check_number("num_heads", num_heads, int)
     if num_heads < 1 or channels < 1 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
-            f"qkv has {qkv.shape[-1]} channels, which are not 3 x num_heads={num_heads} x head_dim"
+            "qkv must be (B, H, W, 3C), the queries, keys and values of a map of C channels, and C "
+            f"a multiple of num_heads={num_heads}, got {qkv.shape[-1]} channels"
         )
     if bias_table is not None:
         sizes = ((2 * patch_size - 1) ** 2, num_heads)
         _check_tensor("bias_table", bias_table, "((2N - 1)**2, heads)", sizes, like=qkv)
     if qkv_bias is not None:
-        _check_tensor("qkv_bias", qkv_bias, "(3C,)", (3 * channels,), like=qkv)
+        axes = "(3C,) where qkv is (B, H, W, 3C)"
+        _check_tensor("qkv_bias", qkv_bias, axes, (3 * channels,), like=qkv)
     _check_scale_and_dropout(scale, dropout_p)
 
 

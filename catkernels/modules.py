@@ -20,6 +20,7 @@ from catkernels.functional import (
     ipsa_runs_kernels,
 )
 from catkernels.ops.norm_linear import norm_linear
+from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.precision import autocast_is_on
 
 
@@ -292,21 +293,6 @@ def head_dim(attn: nn.Module) -> int:
 def dropout_probability(dropout: nn.Module) -> float:
     """The probability with which an ``nn.Dropout`` (or ``nn.Identity``) drops at present."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says.
-
-    That may be hooks, a forward of its own, or having been compiled by itself.
-    """
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    own_call = "forward" in vars(module) or module._compiled_call_impl is not None
-    return own_call or any(map(len, hooks))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 def ipsa_attention(
     qkv: Tensor,
-    bias_table: Tensor | None = None,
+    bias_table: Tensor | None,
     *,
     num_heads: int,
     patch_size: int,
@@ -30,7 +30,7 @@ def ipsa_attention(
 
     Args:
         qkv: queries, keys and values (B, H, W, 3C), the last axis laid out (3, heads, C / heads).
-        bias_table: learned relative position bias ((2N - 1)**2, heads), or None for no bias.
+        bias_table: learned relative position bias ((2N - 1)**2, heads). None: no bias.
         num_heads: number of heads; divides C.
         patch_size: N, the side of the square, non-overlapping windows.
         scale: factor on ``q k^T``; None is ``(C / heads)**-0.5``.

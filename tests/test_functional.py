@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -195,9 +197,7 @@ def test_dropout_repeats_under_checkpointing(attention):
 def test_unsupported_reasons_takes_the_call_itself(attention):
     call, make_inputs, *_ = ATTENTIONS[attention]
     inputs = make_inputs(SHAPE, torch.float64)
-    reasons = call(
-        inputs, function=lambda **k: catkernels.unsupported_reasons(public(attention), **k)
-    )
+    reasons = call(inputs, function=partial(catkernels.unsupported_reasons, public(attention)))
     assert reasons
     with pytest.raises(ValueError, match="cannot use backend='triton'") as error:
         call(inputs, backend="triton")
@@ -231,7 +231,16 @@ IPSA_ERRORS = {
         "qkv must be a floating-point tensor, got torch.int32",
     ),
     "rank 3": ({"qkv": torch.ones(7, 7, 36)}, ValueError, r"\(B, H, W, 3C\), got \(7, 7, 36\)"),
-    "channels": ({"qkv": torch.ones(1, 7, 7, 37)}, ValueError, "37 channels"),
+    "channels": (
+        {"qkv": torch.ones(1, 7, 7, 37)},
+        ValueError,
+        r"\(B, H, W, 3C\), .* of a map of C channels, .* got 37 channels",
+    ),
+    "a map for qkv": (
+        {"qkv": torch.ones(1, 7, 7, 36), "qkv_bias": torch.ones(108)},
+        ValueError,
+        r"qkv_bias must be \(3C,\) where qkv is \(B, H, W, 3C\) = \(36,\), got \(108,\)",
+    ),
     "heads": ({"num_heads": 5}, ValueError, "num_heads=5"),
     "no heads": ({"num_heads": 0}, ValueError, "num_heads=0"),
     "table": ({"bias_table": torch.ones(169, 2)}, ValueError, r"\(169, 3\), got \(169, 2\)"),
@@ -301,6 +310,19 @@ def test_cpsa_errors_name_the_argument(case):
     if case != "backend":
         with pytest.raises(kind, match=message):
             catkernels.unsupported_reasons(catkernels.cpsa_attention, **arguments)
+
+
+def test_that_there_is_no_bias_table_must_be_said():
+    """A forgotten one would be the attention of another layer, without a word."""
+    inputs = make_ipsa_inputs(SHAPE)
+    del inputs["bias_table"]
+    for function in (catkernels.ipsa_attention, reference.ipsa_attention):
+        with pytest.raises(TypeError, match="'bias_table'"):
+            ipsa(inputs, function=function)
+        assert ipsa({**inputs, "bias_table": None}, function=function).shape == (2, 9, 16, 12)
+    explain = partial(catkernels.unsupported_reasons, catkernels.ipsa_attention)
+    with pytest.raises(TypeError, match="'bias_table'"):
+        ipsa(inputs, function=explain)
 
 
 def test_unsupported_reasons_of_a_call_that_lacks_an_argument():

@@ -1,0 +1,56 @@
+"""What calling a module does beyond what its class says.
+
+PyTorch keeps a module's hooks in dictionaries of the instance, and how it was compiled in an
+attribute, all of them private. Nothing else in this package names them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+# What a call looks into.
+_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# How the names end of all dictionaries that hold hooks, those of state_dicts among them.
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+# Set by a backward hook's registration, beside the dictionaries.
+_FLAG = "_is_full_backward_hook"
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says.
+
+    That may be hooks, a forward of its own, or having been compiled by itself.
+    """
+    hooks = (getattr(module, name) for name in _CALL_HOOKS)
+    return "forward" in vars(module) or is_compiled(module) or any(map(len, hooks))
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` hold the very dictionaries of ``source``, so that handles still remove."""
+    for name, value in vars(source).items():
+        if name == _FLAG or name.endswith(_HOOKS):
+            setattr(target, name, value)
+
+
+@contextmanager
+def hooks_set_aside(model: nn.Module) -> Iterator[None]:
+    """Within it, calls of ``model`` and of what it holds meet no hooks of a module."""
+    held = [
+        (module, name, getattr(module, name)) for module in model.modules() for name in _CALL_HOOKS
+    ]
+    try:
+        for module, name, _ in held:
+            setattr(module, name, OrderedDict())
+        yield
+    finally:
+        for module, name, hooks in held:
+            setattr(module, name, hooks)
