@@ -20,7 +20,7 @@ from cpsa_cases import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from catkernels import reference
-from catkernels.ops import cpsa
+from catkernels.ops import cpsa, limits
 
 pytest.importorskip("triton")
 
@@ -147,7 +147,7 @@ def test_unsupported_reasons_name_each_reason(monkeypatch):
 
     # exact float32 products are only too large for a GPU
     monkeypatch.setattr(cpsa, "interpreting", lambda: False)
-    monkeypatch.setattr(cpsa, "device_reasons", lambda device: [])
+    monkeypatch.setattr(limits, "device_reasons", lambda device: [])
     monkeypatch.setattr(cpsa, "allows_tf32", lambda: False)
     assert "TF32" in reasons(dtype=FP32)[0]
     assert reasons(dtype=FP32, num_patches=1) == reasons(dtype=FP32, needs_grad=False) == []
