@@ -165,8 +165,8 @@ def test_any_chunking_gives_the_same_bits(shape, monkeypatch):
     for actual, expected in zip(run(), first, strict=True):
         assert torch.equal(actual, expected)
     monkeypatch.setattr("catkernels.kernels.cpsa.launch.Problem.wide", True)
-    for module in ("cpsa_backward", "cpsa_flash_backward"):
-        monkeypatch.setattr(f"catkernels.kernels.{module}.PROGRAMS", 2)
+    for module in ("backward", "flash_backward"):
+        monkeypatch.setattr(f"catkernels.kernels.cpsa.{module}.PROGRAMS", 2)
     out, dx, *_ = run()
     assert torch.equal(out, first[0])
     assert torch.equal(dx, first[1])
