@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from benchmarks import harness, roofline
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import Work
-from catkernels.testing import Shape, cat_stages, tf32_products
+from catkernels.accuracy import tf32_products
+from catkernels.cases import Shape, cat_stages
 
 ROUNDS = 15
 TRIAL_SHAPE = Shape("trial", batch=2, height=14, width=21, channels=64, num_heads=2)

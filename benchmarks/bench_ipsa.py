@@ -19,9 +19,9 @@ from benchmarks import attention, harness
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import ipsa_backward_work, ipsa_forward_work
 from catkernels import official
+from catkernels.cases import Shape, make_ipsa_inputs
 from catkernels.functional import Backend
 from catkernels.reference import pad_to_patches, relative_position_bias
-from catkernels.testing import Shape, make_ipsa_inputs
 
 Inputs = dict[str, Tensor]
 

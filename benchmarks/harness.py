@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.clock import CLOCK, DEVICE
 from benchmarks.roofline import Ceilings, Work
-from catkernels.testing import assert_within_error_budget
+from catkernels.accuracy import OutOfBudget, assert_within_error_budget
 
 WARM_UPS = 3
 # At most this much may the official operations, timed twice, differ from themselves.
@@ -34,16 +34,20 @@ typical = min if DEVICE.type == "cpu" else statistics.median
 def judge(
     contender: dict[str, Tensor], official: dict[str, Tensor], float64: dict[str, Tensor]
 ) -> None:
-    """Assert that a contender's results, by name, keep the error budget: else it gets no number.
+    """Check that a contender's results, by name, keep the error budget: else it gets no number.
 
     Args:
         contender: what is to be timed computed this.
         official: the same by the official operations in the same dtype.
         float64: the same by the official operations in float64.
+
+    Raises:
+        OutOfBudget: a result is over it, or is missing.
     """
-    assert contender.keys() == float64.keys(), (
-        f"the contender gives {', '.join(contender)}; needed: {', '.join(float64)}"
-    )
+    if contender.keys() != float64.keys():
+        raise OutOfBudget(
+            f"the contender gives {', '.join(contender)}; needed: {', '.join(float64)}"
+        )
     for name, truth in float64.items():
         assert_within_error_budget(contender[name], official[name], truth, name)
 
@@ -53,7 +57,7 @@ def admitting(provider: str) -> Iterator[None]:
     """Skip a peer that cannot run here or is judged wrong, with the reason; what is ours fails."""
     try:
         yield
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (OutOfBudget, NotImplementedError, RuntimeError) as error:
         if provider in ("official", "catkernels"):
             raise
         pytest.skip(f"{provider} gets no number: {error}")

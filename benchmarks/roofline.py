@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.clock import CLOCK, DEVICE
-from catkernels.testing import Shape
+from catkernels.cases import Shape
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from benchmarks.bench_cpsa import catkernels_provider as cpsa_provider
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.bench_ipsa import catkernels_provider as ipsa_provider
 from benchmarks.clock import CLOCK
-from catkernels.testing import Shape, cat_stages
+from catkernels.cases import Shape, cat_stages
 
 
 @dataclass(frozen=True)

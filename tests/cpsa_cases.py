@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 
 from catkernels import reference
+from catkernels.accuracy import assert_within_error_budget, tf32_products
+from catkernels.cases import Shape, make_cpsa_inputs
 from catkernels.ops import cpsa
-from catkernels.testing import Shape, assert_within_error_budget, make_cpsa_inputs, tf32_products
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("out", "x", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def make_shape(height: int, width: int, channels: int, patch_size: int = 7, batch: int = 1):
-    name = f"b{batch}-{height}x{width}-c{channels}-n{patch_size}"
-    return Shape(name, batch, height, width, channels, num_heads=1, patch_size=patch_size)
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, **options) -> dict[str, Tensor]:

@@ -18,9 +18,8 @@ from benchmarks import attention, figures, harness, report, roofline, tune
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.roofline import Ceilings, Work
-from catkernels import testing
+from catkernels.cases import Shape
 from catkernels.ops import cpsa
-from catkernels.testing import Shape
 
 SMALL = Shape("two windows", batch=1, height=2, width=4, channels=8, num_heads=2, patch_size=2)
 PADDED = Shape("padded", batch=3, height=3, width=2, channels=4, num_heads=1, patch_size=2)
@@ -66,21 +65,6 @@ def test_the_binding_ceiling():
     assert ceilings.bound(Work(200, 1000)) == "memory"
     assert ceilings.least_s(Work(100, 5000)) == 5.0
     assert ceilings.bound(Work(100, 5000)) == "compute"
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_tf32_products_cut_what_tensor_cores_do_not_read(inference, monkeypatch):
-    one = torch.eye(2)
-    finer = one * (1 + 2**-11)
-    products = (torch.matmul, torch.nn.functional.linear, lambda a, b: torch.bmm(a[None], b[None]))
-    with torch.inference_mode(inference):
-        for product in products:
-            for allowed, expected in ((True, one), (False, finer)):
-                monkeypatch.setattr(testing, "allows_tf32", lambda allowed=allowed: allowed)
-                with testing.tf32_products():
-                    assert torch.equal(product(finer, one).view(2, 2), expected)
-                    double = product(finer.double(), one.double())
-                    assert torch.equal(double.view(2, 2), finer.double())
 
 
 class Stopwatch(SimpleNamespace):

@@ -12,12 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import catkernels
 from catkernels import official
-from catkernels.testing import (
-    Shape,
-    assert_within_error_budget,
-    make_cpsa_inputs,
-    make_ipsa_inputs,
-)
+from catkernels.accuracy import assert_within_error_budget
+from catkernels.cases import Shape, make_cpsa_inputs, make_ipsa_inputs
 
 TINY = {"embed_dim": 12, "depths": (1, 1), "num_heads": (3, 3), "num_classes": 4, "ape": True}
 SHAPE = Shape("padded", batch=2, height=9, width=16, channels=12, num_heads=3)

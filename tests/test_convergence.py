@@ -8,7 +8,7 @@ from tiny_training import tiny_data, tiny_model, trained
 
 import catkernels
 from catkernels import official
-from catkernels.testing import assert_within_error_budget, tf32_products
+from catkernels.accuracy import assert_within_error_budget, tf32_products
 from catkernels.torch_state.device import device_reasons
 from catkernels.training.processes import Processes
 from catkernels.training.recipe import Recipe

@@ -17,17 +17,17 @@ from cpsa_cases import (
     kernels,
     make_grad,
     make_inputs,
-    make_shape,
     with_gradients,
 )
 from philox import kept
 from torch import Tensor
 
 from catkernels import reference
-from catkernels.testing import (
+from catkernels.accuracy import (
     assert_draws_within_error_budget,
     assert_within_error_budget,
 )
+from catkernels.cases import CPSA_LARGE, CPSA_ODD_SHAPES, CPSA_PATCH_COUNTS, cpsa_shape
 
 pytest.importorskip("triton")
 
@@ -36,42 +36,6 @@ DTYPES = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=["fp32", "fp16
 pytestmark = pytest.mark.usefixtures(
     "round_to_nearest_bf16", "poisoned_memory", "launches", "tf32_on_gpus"
 )
-
-
-# P = 1, 2, 3, 4, 6, 9, 12, 16, 25, 49, 56, 64, 90, 100
-PATCH_COUNTS = [
-    make_shape(7, 7, 70, batch=2),
-    make_shape(7, 14, 40),
-    make_shape(21, 7, 16),
-    make_shape(14, 14, 17, batch=2),
-    make_shape(14, 21, 8),
-    make_shape(21, 21, 9),
-    make_shape(21, 28, 8),
-    make_shape(28, 28, 11),
-    make_shape(35, 35, 3),
-    make_shape(49, 49, 2),
-    make_shape(49, 56, 2),
-    make_shape(56, 56, 9),
-    make_shape(63, 70, 2),
-    make_shape(70, 70, 1),
-]
-# 512 x 512 and 800 x 1333 images: the loops over blocks of queries and keys
-LARGE = [make_shape(133, 133, 1), make_shape(200, 334, 1)]
-# 1x1 maps, maps one patch wide, padding on both sides, every patch size, C = 1
-ODD_SHAPES = [
-    make_shape(1, 1, 3),
-    make_shape(1, 30, 2),
-    make_shape(30, 3, 9),
-    make_shape(20, 13, 5, batch=2),
-    make_shape(50, 64, 2),
-    make_shape(3, 5, 64, patch_size=1),
-    make_shape(6, 7, 9, patch_size=2),
-    make_shape(9, 9, 8, patch_size=3),
-    make_shape(8, 8, 1, patch_size=4),
-    make_shape(11, 20, 3, patch_size=5),
-    make_shape(12, 12, 5, patch_size=6),
-    make_shape(17, 16, 4, patch_size=8),
-]
 
 
 @pytest.fixture(params=["sm_80", "sm_90", "gfx9", pytest.param("sm_100", marks=pytest.mark.full)])
@@ -83,7 +47,7 @@ def architecture(request, monkeypatch) -> str:
 
 def every_number_of_patches():
     """Each number of patches with one dtype, by turns; `--full` takes the other two as well."""
-    for turn, shape in enumerate(PATCH_COUNTS):
+    for turn, shape in enumerate(CPSA_PATCH_COUNTS):
         for place, dtype in enumerate((FP32, FP16, BF16)):
             marks = () if turn % 3 == place else pytest.mark.full
             name = f"P{shape.num_patches}-{str(dtype).removeprefix('torch.')}"
@@ -98,12 +62,12 @@ def test_every_number_of_patches(shape, dtype, launches):
 
 @pytest.mark.full
 @DTYPES
-@pytest.mark.parametrize("shape", LARGE, ids=lambda s: f"P{s.num_patches}")
+@pytest.mark.parametrize("shape", CPSA_LARGE, ids=lambda s: f"P{s.num_patches}")
 def test_large_numbers_of_patches(shape, dtype):
     assert_right(make_inputs(shape, dtype), dtype, patch_size=7)
 
 
-@pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", CPSA_ODD_SHAPES, ids=str)
 def test_odd_shapes(shape):
     assert_right(make_inputs(shape, FP16), FP16, patch_size=shape.patch_size)
 
@@ -111,11 +75,11 @@ def test_odd_shapes(shape):
 @pytest.mark.parametrize(
     "shape",
     [
-        make_shape(7, 7, 9),
-        make_shape(14, 14, 17),
-        make_shape(28, 28, 9),
-        make_shape(35, 35, 3),
-        make_shape(56, 56, 3),
+        cpsa_shape(7, 7, 9),
+        cpsa_shape(14, 14, 17),
+        cpsa_shape(28, 28, 9),
+        cpsa_shape(35, 35, 3),
+        cpsa_shape(56, 56, 3),
     ],
     ids=lambda s: f"P{s.num_patches}",
 )
@@ -132,7 +96,7 @@ def test_random_shapes(dtype, full):
         # of N = 1 there are 4 weights, whose gradients may cancel to nothing but rounding
         patch_size = generator.randint(2, 8)
         height, width = (generator.randint(1, 9 * patch_size) for _ in range(2))
-        shape = make_shape(height, width, generator.randint(1, 9), patch_size)
+        shape = cpsa_shape(height, width, generator.randint(1, 9), patch_size)
         inputs = make_inputs(shape, dtype, seed=generator.randint(0, 2**31))
         return compared(inputs, dtype, patch_size=patch_size)
 
@@ -143,14 +107,14 @@ def test_random_shapes(dtype, full):
 
 
 @pytest.mark.parametrize("weight_std", [1e-3, 3e-2, 1.0, 3.0])
-@pytest.mark.parametrize("shape", [make_shape(14, 14, 64, batch=2), PATCH_COUNTS[12]], ids=str)
+@pytest.mark.parametrize("shape", [cpsa_shape(14, 14, 64, batch=2), CPSA_PATCH_COUNTS[12]], ids=str)
 def test_weights_of_any_size(weight_std, shape):
     inputs = make_inputs(shape, FP16, weight_std=weight_std)
     grad = make_grad(inputs, FP16) / 16
     assert_right(inputs, FP16, grad=grad, patch_size=7)
 
 
-@pytest.mark.parametrize("shape", [PATCH_COUNTS[3], PATCH_COUNTS[12]], ids=str)
+@pytest.mark.parametrize("shape", [CPSA_PATCH_COUNTS[3], CPSA_PATCH_COUNTS[12]], ids=str)
 def test_scores_that_overflow_exp(shape):
     inputs = make_inputs(shape, FP32)
     inputs["x"] *= 100
@@ -161,13 +125,13 @@ def test_scores_that_overflow_exp(shape):
 
 @pytest.mark.parametrize("missing", ["qkv_bias", "proj_bias"])
 def test_missing_bias_and_explicit_scale(missing):
-    inputs = make_inputs(make_shape(14, 21, 5), FP16)
+    inputs = make_inputs(cpsa_shape(14, 21, 5), FP16)
     inputs[missing] = None
     assert_right(inputs, FP16, patch_size=7, scale=0.5)
 
 
 def test_any_strides():
-    shape = make_shape(14, 14, 6, batch=2)
+    shape = cpsa_shape(14, 14, 6, batch=2)
     inputs = make_inputs(shape, FP16)
     permuted = inputs["x"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     surroundings = inputs["x"].new_full((4, 16, 16, 9), float("nan"))
@@ -177,7 +141,7 @@ def test_any_strides():
         assert_right({**inputs, "x": x}, FP16, grad=grad, patch_size=7)
 
 
-@pytest.mark.parametrize("shape", [PATCH_COUNTS[3], PATCH_COUNTS[12]], ids=str)
+@pytest.mark.parametrize("shape", [CPSA_PATCH_COUNTS[3], CPSA_PATCH_COUNTS[12]], ids=str)
 def test_nothing_is_read_beside_the_inputs(shape):
     inputs = make_inputs(shape, FP16)
     surroundings = inputs["x"].new_full((shape.batch + 2, *inputs["x"].shape[1:]), float("nan"))
@@ -187,7 +151,7 @@ def test_nothing_is_read_beside_the_inputs(shape):
 
 @pytest.mark.parametrize(
     "shape",
-    [make_shape(14, 14, 17, batch=2), make_shape(35, 35, 3), make_shape(63, 70, 1)],
+    [cpsa_shape(14, 14, 17, batch=2), cpsa_shape(35, 35, 3), cpsa_shape(63, 70, 1)],
     ids=lambda s: f"P{s.num_patches}",
 )
 def test_any_chunking_gives_the_same_bits(shape, monkeypatch):
@@ -210,7 +174,7 @@ def test_any_chunking_gives_the_same_bits(shape, monkeypatch):
 
 @pytest.mark.full
 def test_more_sequences_than_a_grid_axis_holds():
-    inputs = make_inputs(make_shape(1, 1, 768, patch_size=1, batch=128), FP16)
+    inputs = make_inputs(cpsa_shape(1, 1, 768, patch_size=1, batch=128), FP16)
     x = inputs.pop("x")
     with torch.no_grad():
         whole, *halves = (
@@ -221,7 +185,7 @@ def test_more_sequences_than_a_grid_axis_holds():
 
 
 def test_an_empty_batch_launches_nothing(launches):
-    inputs = make_inputs(make_shape(14, 14, 3, batch=0), FP32)
+    inputs = make_inputs(cpsa_shape(14, 14, 3, batch=0), FP32)
     out, dx, *weight_grads = with_gradients(
         kernels(dtype=FP32), inputs, make_grad(inputs, FP32), FP32, patch_size=7
     )
@@ -229,11 +193,13 @@ def test_an_empty_batch_launches_nothing(launches):
     assert all(torch.count_nonzero(g) == 0 for g in weight_grads)
     assert not launches
 
-    kernels(dtype=FP32)(**make_inputs(make_shape(14, 14, 3), FP32), patch_size=7)
+    kernels(dtype=FP32)(**make_inputs(cpsa_shape(14, 14, 3), FP32), patch_size=7)
     assert launches
 
 
-@pytest.mark.parametrize("shape", [PATCH_COUNTS[4], PATCH_COUNTS[8], PATCH_COUNTS[12]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [CPSA_PATCH_COUNTS[4], CPSA_PATCH_COUNTS[8], CPSA_PATCH_COUNTS[12]], ids=str
+)
 def test_float32_map_is_rounded_in_the_kernel(shape):
     """Under autocast the map and the weights are float32, the products and the output half."""
     inputs = make_inputs(shape, FP32)
@@ -254,7 +220,7 @@ def test_float32_map_is_rounded_in_the_kernel(shape):
 
 
 def test_folding_is_more_accurate():
-    inputs = make_inputs(make_shape(28, 28, 16), FP16)
+    inputs = make_inputs(cpsa_shape(28, 28, 16), FP16)
     grad = make_grad(inputs, FP16)
     folded = with_gradients(kernels(dtype=FP16), inputs, grad, FP16, patch_size=7)
     unfolded = with_gradients(reference.cpsa_attention, inputs, grad, FP16, patch_size=7)
@@ -267,7 +233,7 @@ def test_folding_is_more_accurate():
 @DTYPES
 @pytest.mark.parametrize(
     "shape",
-    [PATCH_COUNTS[0], PATCH_COUNTS[3], PATCH_COUNTS[8], PATCH_COUNTS[12]],
+    [CPSA_PATCH_COUNTS[0], CPSA_PATCH_COUNTS[3], CPSA_PATCH_COUNTS[8], CPSA_PATCH_COUNTS[12]],
     ids=lambda s: f"P{s.num_patches}",
 )
 def test_dropout(shape, dtype, monkeypatch):
@@ -283,7 +249,7 @@ def test_dropout(shape, dtype, monkeypatch):
 
 
 def test_dropout_draws_anew_and_follows_the_generator():
-    inputs = make_inputs(make_shape(14, 14, 3), FP32)
+    inputs = make_inputs(cpsa_shape(14, 14, 3), FP32)
 
     def run():
         return kernels(dtype=FP32)(**inputs, patch_size=7, dropout_p=0.5)

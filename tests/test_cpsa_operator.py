@@ -14,12 +14,12 @@ from cpsa_cases import (
     kernels,
     make_grad,
     make_inputs,
-    make_shape,
     with_gradients,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
 from catkernels import reference
+from catkernels.cases import cpsa_shape
 from catkernels.ops import cpsa, limits
 
 pytest.importorskip("triton")
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures(
 
 @pytest.mark.parametrize(
     "shape",
-    [make_shape(14, 14, 5), make_shape(35, 35, 2), make_shape(63, 70, 1)],
+    [cpsa_shape(14, 14, 5), cpsa_shape(35, 35, 2), cpsa_shape(63, 70, 1)],
     ids=lambda s: f"P{s.num_patches}",
 )
 @pytest.mark.parametrize("wanted", ["x", "proj_weight"])
@@ -47,7 +47,7 @@ def test_only_the_gradients_asked_for(shape, wanted):
 
 @pytest.mark.parametrize("only", [None, "x"])
 def test_second_derivatives_raise(only):
-    inputs = make_inputs(make_shape(7, 14, 2), FP32)
+    inputs = make_inputs(cpsa_shape(7, 14, 2), FP32)
     for name, tensor in inputs.items():
         tensor.requires_grad_(only in (None, name))
     out = kernels(dtype=FP32)(**inputs, patch_size=7)
@@ -58,7 +58,7 @@ def test_second_derivatives_raise(only):
 
 
 def test_function_transforms():
-    inputs = make_inputs(make_shape(7, 14, 2), FP32)
+    inputs = make_inputs(cpsa_shape(7, 14, 2), FP32)
     x = inputs.pop("x")
 
     def loss(x):
@@ -76,7 +76,7 @@ def test_function_transforms():
 
 @pytest.mark.parametrize("patches", [1, 2])
 def test_operators_are_well_formed(patches):
-    inputs = make_inputs(make_shape(2, 2 * patches, 3, patch_size=2), FP16)
+    inputs = make_inputs(cpsa_shape(2, 2 * patches, 3, patch_size=2), FP16)
     folded = reference.fold_weights(
         inputs["qkv_weight"], inputs["qkv_bias"], inputs["proj_weight"], 1 / 2
     )
@@ -94,7 +94,7 @@ def test_compiles_to_one_graph_for_all_batch_sizes():
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
 
     def check(batch: int) -> None:
-        inputs = make_inputs(make_shape(6, 6, 3, patch_size=3, batch=batch), FP16)
+        inputs = make_inputs(cpsa_shape(6, 6, 3, patch_size=3, batch=batch), FP16)
         grad = make_grad(inputs, FP16)
         expected = with_gradients(attention, inputs, grad, FP16, patch_size=3)
         actual = with_gradients(compiled, inputs, grad, FP16, patch_size=3)
@@ -108,7 +108,7 @@ def test_compiles_to_one_graph_for_all_batch_sizes():
 
 
 def test_exports():
-    inputs = make_inputs(make_shape(6, 6, 3, patch_size=3), FP16)
+    inputs = make_inputs(cpsa_shape(6, 6, 3, patch_size=3), FP16)
 
     class Layer(torch.nn.Module):
         def forward(self, **leaves):
@@ -122,7 +122,7 @@ def test_exports():
 
 @pytest.mark.parametrize(("side", "forward", "backward"), [(7, 1, 2), (14, 2, 5)])
 def test_flops_are_counted(side, forward, backward):
-    inputs = make_inputs(make_shape(side, side, 3, batch=2), FP32)
+    inputs = make_inputs(cpsa_shape(side, side, 3, batch=2), FP32)
     patches, sequences, pixels = (side // 7) ** 2, 6, 49
     x = inputs.pop("x").requires_grad_()
     with FlopCounterMode(display=False) as counter:
@@ -140,7 +140,7 @@ def test_unsupported_reasons_name_each_reason(monkeypatch):
         return cpsa.unsupported_reasons(**call | changes)
 
     assert reasons() == []
-    kernels(dtype=FP16)(**make_inputs(make_shape(14, 14, 1), FP16), patch_size=7)
+    kernels(dtype=FP16)(**make_inputs(cpsa_shape(14, 14, 1), FP16), patch_size=7)
     assert "float64" in reasons(dtype=torch.float64)[0]
     assert "patch sizes up to 8, not 9" in reasons(patch_size=9)[0]
     assert len(reasons(device=torch.device("meta"), dtype=torch.float64, patch_size=9)) == 3

@@ -27,7 +27,7 @@ from two_processes import (
     train_step,
 )
 
-from catkernels.testing import assert_draws_within_error_budget, assert_within_error_budget
+from catkernels.accuracy import assert_draws_within_error_budget, assert_within_error_budget
 
 # float64 rounds gradients of up to some hundreds at 1e-14; those of the bias tables are about 1e-6
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)

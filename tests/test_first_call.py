@@ -14,7 +14,7 @@ FIRST_CALLS = """
     import triton
     import catkernels
     from catkernels.torch_state.device import best_device
-    from catkernels.testing import cat_stages, make_cpsa_inputs, make_ipsa_inputs
+    from catkernels.cases import cat_stages, make_cpsa_inputs, make_ipsa_inputs
 
     device = best_device()
     # what every program waits for once: the device's context, and its libraries

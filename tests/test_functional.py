@@ -9,13 +9,8 @@ import torch
 
 import catkernels
 from catkernels import cpu, functional, reference
-from catkernels.testing import (
-    Shape,
-    assert_within_error_budget,
-    cat_stages,
-    make_cpsa_inputs,
-    make_ipsa_inputs,
-)
+from catkernels.accuracy import assert_within_error_budget
+from catkernels.cases import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
 
 SHAPE = Shape("padded", batch=2, height=9, width=16, channels=12, num_heads=3)
 SHAPES = [

@@ -14,14 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ipsa_cases import (
-    CASES,
     DTYPES,
     INPUTS,
     NAMED,
     PACKED,
     PADDED,
     PLAIN,
-    Case,
     check,
     draws,
     random_grad,
@@ -30,12 +28,14 @@ from ipsa_cases import (
 from philox import kept
 from torch import Tensor
 
+from catkernels.cases import IPSA_CASES, IPSACase
+
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")
 
 
 def every_case() -> Iterator:
     """All cases in float32, some of them in half precision; the rest with `--full`."""
-    for case, dtype in itertools.product(CASES, DTYPES):
+    for case, dtype in itertools.product(IPSA_CASES, DTYPES):
         sampled = dtype == torch.float32 or case in (PLAIN, PADDED, PACKED, NAMED["D96"])
         marks = () if sampled else pytest.mark.full
         yield pytest.param(case, dtype, id=f"{case}-{dtype}", marks=marks)
@@ -56,9 +56,9 @@ def test_random_shapes(dtype, device, launches, full):
         check(*((case, case.inputs(dtype, device)) for case in cases))
 
 
-def random_case(random_number: random.Random) -> Case:
+def random_case(random_number: random.Random) -> IPSACase:
     patch_size = random_number.randint(1, 8)
-    case = Case(
+    case = IPSACase(
         "",
         batch=random_number.randint(1, 3),
         height=random_number.randint(1, 2 * patch_size),
@@ -119,7 +119,7 @@ def test_any_strides(device, launches):
         assert torch.equal(tensor, same[name]), name
 
 
-def kept_weights(case: Case, seed: int) -> Tensor:
+def kept_weights(case: IPSACase, seed: int) -> Tensor:
     """Which weights a call keeps: (B, windows, heads, N*N, N*N)."""
     windows = -(-case.height // case.patch_size) * -(-case.width // case.patch_size)
     tokens = case.patch_size**2
@@ -131,11 +131,11 @@ def kept_weights(case: Case, seed: int) -> Tensor:
 @pytest.mark.parametrize(
     "case",
     [
-        Case("dropout", 1, 14, 7, dropout_p=0.25),
-        Case("dropout-padded", 1, 10, 9, dropout_p=0.1),
-        Case("dropout-packed", 3, 7, 10, patch_size=4, dropout_p=0.5),
-        Case("dropout-N6", 1, 6, 12, patch_size=6, dropout_p=0.1),
-        Case("dropout-of-most", 1, 8, 8, patch_size=8, dropout_p=0.9),
+        IPSACase("dropout", 1, 14, 7, dropout_p=0.25),
+        IPSACase("dropout-padded", 1, 10, 9, dropout_p=0.1),
+        IPSACase("dropout-packed", 3, 7, 10, patch_size=4, dropout_p=0.5),
+        IPSACase("dropout-N6", 1, 6, 12, patch_size=6, dropout_p=0.1),
+        IPSACase("dropout-of-most", 1, 8, 8, patch_size=8, dropout_p=0.9),
     ],
     ids=str,
 )
@@ -149,7 +149,7 @@ def test_dropout(case, dtype, device, launches, monkeypatch):
     check((case, case.inputs(dtype, device)))
 
 
-DROPOUT = Case("dropout", 1, 14, 14, dropout_p=0.5)
+DROPOUT = IPSACase("dropout", 1, 14, 14, dropout_p=0.5)
 
 
 def test_dropout_follows_the_generator(device, launches):
@@ -222,7 +222,7 @@ def test_no_bias_without_padding(device, launches):
 
 @pytest.mark.parametrize("size", [(0, 7, 7), (2, 0, 7), (2, 7, 0)])
 def test_nothing_in_nothing_out(size, device):
-    inputs = Case("", *size).inputs(torch.float32, device)
+    inputs = IPSACase("", *size).inputs(torch.float32, device)
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     out = PLAIN.attend(**inputs)
     assert out.shape == (*size, 64)
@@ -234,7 +234,7 @@ def test_nothing_in_nothing_out(size, device):
 @pytest.mark.full
 def test_more_windows_than_a_grid_axis_holds(device, launches):
     """Grid axes but the first end at 65,535 programs. The weight of a single token is 1."""
-    case = Case("", 1, 66000, 1, patch_size=1, num_heads=1, head_dim=16)
+    case = IPSACase("", 1, 66000, 1, patch_size=1, num_heads=1, head_dim=16)
     inputs = case.inputs(torch.float32, device)
     _, _, values = inputs["qkv"].chunk(3, -1)
     assert torch.equal(case.attend(**inputs), values)
@@ -244,7 +244,7 @@ def test_more_windows_than_a_grid_axis_holds(device, launches):
 @pytest.mark.full
 def test_more_elements_than_32_bits_count(device, launches):
     """The last images of a map of more than 2**31 values are the same alone; takes 12 GB."""
-    case = Case("", 2400, 56, 56, num_heads=3)
+    case = IPSACase("", 2400, 56, 56, num_heads=3)
     shape = (case.batch, case.height, case.width, 3 * 96)
     qkv = torch.randn(shape, device=device, dtype=torch.float16)
     inputs = replace(case, batch=1).inputs(torch.float16, device) | {"qkv": qkv}

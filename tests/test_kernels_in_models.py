@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import catkernels
 from catkernels import official
-from catkernels.testing import assert_within_error_budget, tf32_products
+from catkernels.accuracy import assert_within_error_budget, tf32_products
 
 pytestmark = pytest.mark.usefixtures("tf32_on_gpus")
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import catkernels
 from catkernels import official
-from catkernels.testing import assert_within_error_budget
+from catkernels.accuracy import assert_within_error_budget
 
 OPTIONS = [
     {},

@@ -10,9 +10,9 @@ from torch import nn
 
 import catkernels
 from catkernels import official
+from catkernels.accuracy import assert_within_error_budget
 from catkernels.modules import recomputes_norm
 from catkernels.ops.norm_linear import norm_linear
-from catkernels.testing import assert_within_error_budget
 
 
 def layers(norm_options=None, bias=True, dtype=torch.float32):

@@ -12,13 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import catkernels
 from catkernels import official
+from catkernels.accuracy import assert_draws_within_error_budget, assert_within_error_budget
+from catkernels.cases import Shape, make_ipsa_inputs
 from catkernels.ops import cpsa, limits
-from catkernels.testing import (
-    Shape,
-    assert_draws_within_error_budget,
-    assert_within_error_budget,
-    make_ipsa_inputs,
-)
 
 HALVES = [torch.float16, torch.bfloat16]
 halves = pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catkernels import reference
-from catkernels.testing import Shape, make_cpsa_inputs, make_ipsa_inputs
+from catkernels.cases import Shape, make_cpsa_inputs, make_ipsa_inputs
 
 DOUBLE = torch.float64
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import catkernels
-from catkernels.testing import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
+from catkernels.cases import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
 from catkernels.torch_state.device import best_device, interpreting
 
 pytest.importorskip("triton")

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jvp, linearize, v
 
 import catkernels
 from catkernels import functional
-from catkernels.testing import Shape, make_cpsa_inputs, make_ipsa_inputs
+from catkernels.cases import Shape, make_cpsa_inputs, make_ipsa_inputs
 
 pytest.importorskip("triton")
 

@@ -1,0 +1,212 @@
+"""The calls that tests, benchmarks and the self-check share: shapes by name, inputs, tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from catkernels import reference
+from catkernels.ops import ipsa
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A problem for both attentions: a (batch, height, width, channels) map and its patches."""
+
+    name: str
+    batch: int
+    height: int
+    width: int
+    channels: int
+    num_heads: int
+    patch_size: int = 7
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def num_patches(self) -> int:
+        return -(-self.height // self.patch_size) * -(-self.width // self.patch_size)
+
+
+def cat_stages(model: str = "small", image: int | tuple[int, int] = 224, batch: int = 1):
+    """The four stages of CAT-T ("tiny") or of CAT-S and CAT-B ("small") as shapes.
+
+    Image sides that are no multiple of 4 are padded at the bottom and right, as the model does.
+    """
+    channels, heads = {"tiny": (64, 2), "small": (96, 3)}[model]
+    height, width = (image, image) if isinstance(image, int) else image
+    height, width = -(-height // 4), -(-width // 4)
+    stages = []
+    for stage in range(4):
+        name = f"{model}-stage{stage + 1}-{height}x{width}-b{batch}"
+        stages.append(Shape(name, batch, height, width, channels << stage, heads << stage))
+        height, width = -(-height // 2), -(-width // 2)
+    return stages
+
+
+def make_ipsa_inputs(
+    shape: Shape, dtype=torch.float32, device="cpu", *, table_dtype=None, seed=0
+) -> dict[str, Tensor]:
+    """``qkv``, ``bias_table`` (in ``table_dtype``) and ``qkv_bias`` for `ipsa_attention`."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {
+        "qkv": (shape.batch, shape.height, shape.width, 3 * shape.channels),
+        "bias_table": ((2 * shape.patch_size - 1) ** 2, shape.num_heads),
+        "qkv_bias": (3 * shape.channels,),
+    }
+    inputs = {
+        name: torch.randn(size, generator=generator).to(device, dtype)
+        for name, size in sizes.items()
+    }
+    inputs["bias_table"] = inputs["bias_table"].to(table_dtype or dtype)
+    return inputs
+
+
+def make_cpsa_inputs(
+    shape: Shape, dtype=torch.float32, device="cpu", *, weight_std: float | None = None, seed=0
+) -> dict[str, Tensor]:
+    """``x`` and the four weights (std 1/N by default) for `cpsa_attention`."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = shape.patch_size**2
+    std = 1 / shape.patch_size if weight_std is None else weight_std
+
+    def normal(*size: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator) * std).to(device, dtype)
+
+    return {
+        "x": normal(shape.batch, shape.height, shape.width, shape.channels),
+        "qkv_weight": normal(3 * tokens, tokens, std=std),
+        "qkv_bias": normal(3 * tokens, std=std),
+        "proj_weight": normal(tokens, tokens, std=std),
+        "proj_bias": normal(tokens, std=std),
+    }
+
+
+@dataclass(frozen=True)
+class IPSACase:
+    """A call of IPSA: its shape, and which inputs it lacks."""
+
+    name: str
+    batch: int
+    height: int
+    width: int
+    patch_size: int = 7
+    num_heads: int = 2
+    head_dim: int = 32
+    without: tuple[str, ...] = ()
+    scale: float | None = None
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> dict[str, Tensor]:
+        channels = self.num_heads * self.head_dim
+        sizes = (self.batch, self.height, self.width, channels, self.num_heads, self.patch_size)
+        inputs = make_ipsa_inputs(Shape(self.name, *sizes), dtype, device, seed=seed)
+        return inputs | dict.fromkeys(self.without)
+
+    def attend(self, qkv: Tensor, bias_table: Tensor | None, qkv_bias: Tensor | None) -> Tensor:
+        """By the kernels."""
+        return ipsa.ipsa_attention(
+            qkv,
+            bias_table,
+            qkv_bias,
+            num_heads=self.num_heads,
+            patch_size=self.patch_size,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            dropout_p=self.dropout_p,
+        )
+
+    def specified(self, qkv: Tensor, bias_table: Tensor | None, qkv_bias: Tensor | None) -> Tensor:
+        """By the reference."""
+        return reference.ipsa_attention(
+            qkv,
+            bias_table,
+            num_heads=self.num_heads,
+            patch_size=self.patch_size,
+            scale=self.scale,
+            qkv_bias=qkv_bias,
+            dropout_p=self.dropout_p,
+        )
+
+    @property
+    def padded(self) -> bool:
+        return bool(self.height % self.patch_size or self.width % self.patch_size)
+
+
+def cpsa_shape(
+    height: int, width: int, channels: int, patch_size: int = 7, batch: int = 1
+) -> Shape:
+    """A map for CPSA, which has no heads, named by its sizes."""
+    name = f"b{batch}-{height}x{width}-c{channels}-n{patch_size}"
+    return Shape(name, batch, height, width, channels, num_heads=1, patch_size=patch_size)
+
+
+IPSA_CASES = [
+    IPSACase("plain", 2, 14, 7),
+    IPSACase("padded", 1, 9, 10),
+    IPSACase("padded-below", 1, 9, 14),
+    IPSACase("padded-right", 2, 7, 9, num_heads=1),
+    IPSACase("no-table", 1, 14, 7, without=("bias_table",)),
+    IPSACase("no-qkv-bias", 1, 10, 9, num_heads=1, without=("qkv_bias",)),
+    IPSACase("nothing-but-qkv", 1, 8, 7, without=("bias_table", "qkv_bias")),
+    IPSACase("one-pixel", 1, 1, 1),
+    IPSACase("one-window-wide", 3, 14, 7, num_heads=1),
+    IPSACase("scale", 1, 14, 7, scale=0.5),
+    IPSACase("negative-scale", 1, 7, 7, scale=-0.1),
+    IPSACase("N1", 3, 9, 11, patch_size=1),
+    IPSACase("N2", 3, 8, 10, patch_size=2),
+    IPSACase("N2-padded", 3, 7, 9, patch_size=2),
+    IPSACase("N3-padded", 4, 7, 10, patch_size=3),
+    IPSACase("N4", 3, 8, 12, patch_size=4),
+    IPSACase("N4-padded", 3, 7, 10, patch_size=4),
+    IPSACase("N5-padded", 3, 9, 12, patch_size=5),
+    IPSACase("N6-padded", 2, 9, 6, patch_size=6),
+    IPSACase("N8", 1, 16, 8, patch_size=8),
+    IPSACase("N8-padded", 1, 9, 10, patch_size=8, num_heads=1),
+    IPSACase("D16", 1, 14, 7, head_dim=16),
+    IPSACase("D24", 1, 9, 7, head_dim=24, num_heads=3),
+    IPSACase("D48", 1, 9, 7, head_dim=48),
+    IPSACase("D64", 1, 9, 7, head_dim=64),
+    IPSACase("D96", 1, 9, 7, head_dim=96),
+    IPSACase("D128", 1, 9, 7, head_dim=128),
+]
+
+# P = 1, 2, 3, 4, 6, 9, 12, 16, 25, 49, 56, 64, 90, 100
+CPSA_PATCH_COUNTS = [
+    cpsa_shape(7, 7, 70, batch=2),
+    cpsa_shape(7, 14, 40),
+    cpsa_shape(21, 7, 16),
+    cpsa_shape(14, 14, 17, batch=2),
+    cpsa_shape(14, 21, 8),
+    cpsa_shape(21, 21, 9),
+    cpsa_shape(21, 28, 8),
+    cpsa_shape(28, 28, 11),
+    cpsa_shape(35, 35, 3),
+    cpsa_shape(49, 49, 2),
+    cpsa_shape(49, 56, 2),
+    cpsa_shape(56, 56, 9),
+    cpsa_shape(63, 70, 2),
+    cpsa_shape(70, 70, 1),
+]
+# 512 x 512 and 800 x 1333 images: the loops over blocks of queries and keys
+CPSA_LARGE = [cpsa_shape(133, 133, 1), cpsa_shape(200, 334, 1)]
+# 1x1 maps, maps one patch wide, padding on both sides, every patch size, C = 1
+CPSA_ODD_SHAPES = [
+    cpsa_shape(1, 1, 3),
+    cpsa_shape(1, 30, 2),
+    cpsa_shape(30, 3, 9),
+    cpsa_shape(20, 13, 5, batch=2),
+    cpsa_shape(50, 64, 2),
+    cpsa_shape(3, 5, 64, patch_size=1),
+    cpsa_shape(6, 7, 9, patch_size=2),
+    cpsa_shape(9, 9, 8, patch_size=3),
+    cpsa_shape(8, 8, 1, patch_size=4),
+    cpsa_shape(11, 20, 3, patch_size=5),
+    cpsa_shape(12, 12, 5, patch_size=6),
+    cpsa_shape(17, 16, 4, patch_size=8),
+]
