@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reduce_layouts import scattered_reductions
 
 # name -> (backend, architecture, threads of a warp, bytes of shared memory that a program may use)
 TARGETS = {
@@ -65,6 +66,8 @@ class Resources:
 def compiling_for(target: str) -> Iterator[list[Resources]]:
     """Launches inside compile for ``target`` instead of running; the list collects the results.
 
+    None may hold a reduction that Triton before 3.8 gets wrong: `scattered_reductions`.
+
     Launchers are called with tensors on the "meta" device, so the specialisation on the arguments'
     values and alignment is that of a real launch.
     """
@@ -90,6 +93,8 @@ def compiling_for(target: str) -> Iterator[list[Resources]]:
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         assert len(grid) == 1, f"{kernel.__name__} uses grid axes beyond 0"
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        scattered = scattered_reductions(compiled.asm["ttgir"])
+        assert not scattered, f"{target}: {kernel.__name__} {'; '.join(scattered)}"
         collected.append(_resources(kernel.__name__, compiled))
         return compiled
 

@@ -42,6 +42,7 @@ from catkernels.kernels.cpsa.weights import (
     store_gradients,
     sum_partials,
     sum_rows,
+    sum_weighted_rows,
     zero_gradients,
 )
 from catkernels.kernels.launch import launched_as, on_device
@@ -238,7 +239,7 @@ def _tile_gradients(
         out_constant_grad += sum_rows(grad)
         if seed_ptr is not None:
             total = tl.sum(dropped, 1)[:, None] if PATCHES > 1 else factor
-            value_constant_grad += sum_rows(grad * total)
+            value_constant_grad += sum_weighted_rows(grad, total)
 
     dx = x
     if GIVE_X or (GIVE_SCORE and PATCHES > 1):

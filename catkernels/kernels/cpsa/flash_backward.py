@@ -38,6 +38,7 @@ from catkernels.kernels.cpsa.weights import (
     load_matrix,
     store_gradients,
     sum_rows,
+    sum_weighted_rows,
     zero_gradients,
 )
 from catkernels.kernels.launch import launched_as
@@ -258,7 +259,7 @@ def cpsa_flash_weights_backward_kernel(
             row, inside = _statistic_row(sequence, first_patch, num_patches, ROWS)
             size = tl.cast(num_sequences, tl.int64) * num_patches
             total = tl.load(statistics_ptr + TOTAL * size + row, mask=inside, other=0.0)
-            value_constant += sum_rows(grad * total[:, None])
+            value_constant += sum_weighted_rows(grad, total[:, None])
         gradients = (score_grad, value_grad, score_constant, value_constant, out_constant)
     store_gradients(partials_ptr + tl.program_id(0) * PARTIAL, gradients, seed_ptr, True, True)
 

@@ -48,9 +48,21 @@ def zero_gradients():
 
 @triton.jit
 def sum_rows(tile):
-    """The sum (PIXELS,) of a tile's rows, in float32 and two steps: short chains round less."""
-    tile = tl.reshape(tile.to(tl.float32), (8, tile.shape[0] // 8, PIXELS))
-    return tl.sum(tl.sum(tile, 1), 0)
+    """The sum (PIXELS,) of a tile's rows, in float32 and three steps.
+
+    Short chains round less, and each step sums lanes that adjoin: Triton before 3.8 takes those of
+    an axis for neighbours. Rows lie in eights in every layout, those of a product and of a map.
+    """
+    tile = tl.reshape(tile.to(tl.float32), (tile.shape[0] // 16, 2, 8, PIXELS))
+    return tl.sum(tl.sum(tl.sum(tile, 2), 1), 0)
+
+
+@triton.jit
+def sum_weighted_rows(tile, weights):
+    """`sum_rows` of a tile whose rows are multiplied by ``weights`` (ROWS, 1)."""
+    # What is added to zero is rounded here. A mere product would be fused with the first addition
+    # of the sum: two lanes would each round the other's product only, and hold different sums.
+    return sum_rows(tl.fma(tile.to(tl.float32), weights, 0.0))
 
 
 @triton.jit
