@@ -20,6 +20,7 @@ from catkernels.reference import (
     relative_position_index,
     split_patches,
 )
+from catkernels.torch_state.modes import is_observed
 from catkernels.torch_state.transforms import is_transformed
 
 # The bytes of queries, keys and values that one slice of the batch works with, for each thread.
@@ -34,14 +35,15 @@ LARGE_BYTES = 16 * 2**20
 def serves(x: Tensor, *others: Tensor | None, dropout_p: float, return_attention: bool) -> bool:
     """Whether these functions can stand in for the reference.
 
-    They must not while a graph is recorded, for it shall serve any batch, nor within transforms,
-    which differentiate or batch what is done in place here, nor with dropout, which checkpointing
-    must be able to repeat with the reference. Half precision and mixed dtypes are left to the
-    reference, whose roundings are its own.
+    They must not while a graph is recorded, for it shall serve any batch, nor where a mode or a
+    tensor of another class sees the operations, which are to be the reference's, nor within
+    transforms, which differentiate or batch what is done in place here, nor with dropout, which
+    checkpointing must be able to repeat with the reference. Half precision and mixed dtypes are
+    left to the reference, whose roundings are its own.
     """
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
         and x.device.type == "cpu"
         and x.numel() > 0
         and x.dtype in (torch.float32, torch.float64)
@@ -52,6 +54,7 @@ def serves(x: Tensor, *others: Tensor | None, dropout_p: float, return_attention
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not is_transformed()
+        and not is_observed()
     )
 
 

@@ -8,19 +8,11 @@ import pytest
 import torch
 
 import catkernels
-from catkernels import cpu, functional, reference
+from catkernels import functional, reference
 from catkernels.accuracy import assert_within_error_budget
-from catkernels.cases import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
+from catkernels.cases import Shape, make_cpsa_inputs, make_ipsa_inputs
 
 SHAPE = Shape("padded", batch=2, height=9, width=16, channels=12, num_heads=3)
-SHAPES = [
-    *cat_stages("tiny", batch=2),
-    SHAPE,
-    Shape("many images", batch=40, height=14, width=7, channels=96, num_heads=3),
-    Shape("one pixel", batch=3, height=1, width=1, channels=4, num_heads=2),
-    Shape("large patch", batch=2, height=20, width=12, channels=6, num_heads=1, patch_size=12),
-    Shape("no image", batch=0, height=14, width=14, channels=6, num_heads=1),
-]
 
 
 def ipsa(inputs, shape=SHAPE, function=catkernels.ipsa_attention, **options):
@@ -36,78 +28,23 @@ def to(inputs, dtype):
 
 
 ATTENTIONS = {
-    "ipsa": (ipsa, make_ipsa_inputs, reference.ipsa_attention, cpu.ipsa_attention),
-    "cpsa": (cpsa, make_cpsa_inputs, reference.cpsa_attention, cpu.cpsa_attention),
+    "ipsa": (ipsa, make_ipsa_inputs),
+    "cpsa": (cpsa, make_cpsa_inputs),
 }
 both = pytest.mark.parametrize("attention", ATTENTIONS)
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sliced_inference_is_as_accurate_as_the_reference(attention, shape, dtype, monkeypatch):
-    call, make_inputs, specification, fast = ATTENTIONS[attention]
-    calls = []
-
-    def counted(*args, **options):
-        calls.append(args)
-        return fast(*args, **options)
-
-    monkeypatch.setattr(cpu, f"{attention}_attention", counted)
-    inputs = make_inputs(shape, dtype)
-    result = call(inputs, shape)
-    assert calls or not shape.batch, "the sliced path was not taken"
-    expected = call(inputs, shape, specification)
-    if dtype == torch.float64:
-        torch.testing.assert_close(result, expected)
-    else:
-        truth = call(to(inputs, torch.float64), shape, specification)
-        assert_within_error_budget(result, expected, truth)
-
-
-@both
-def test_sliced_inference_does_not_depend_on_the_slices(attention, monkeypatch):
-    call, make_inputs, *_ = ATTENTIONS[attention]
-    shape = Shape("images", batch=7, height=14, width=9, channels=12, num_heads=3)
-    inputs = make_inputs(shape)
-    whole = call(inputs, shape)
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 1)
-    assert torch.equal(call(inputs, shape), whole)
-
-
-@both
-def test_sliced_inference_writes_every_pixel(attention, poisoned_memory):
-    call, make_inputs, specification, _ = ATTENTIONS[attention]
-    for shape in SHAPES:
-        inputs = make_inputs(shape)
-        torch.testing.assert_close(call(inputs, shape), call(inputs, shape, specification))
-
-
-@both
 def test_maps_without_pixels(attention):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     for height, width in ((0, 7), (7, 0), (0, 0)):
         shape = Shape("nothing", batch=2, height=height, width=width, channels=6, num_heads=2)
         assert call(make_inputs(shape), shape).shape == (2, height, width, 6)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@both
-def test_a_trace_serves_larger_batches(attention, monkeypatch):
-    """A recorded loop over slices would leave the images beyond the recorded ones unwritten."""
-    call, make_inputs, *_ = ATTENTIONS[attention]
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 1)
-    inputs = make_inputs(SHAPE)
-    name = next(iter(inputs))
-    x = inputs.pop(name)
-    traced = torch.jit.trace(lambda x: call({name: x, **inputs}), x)
-    larger = torch.cat([x, x, x])
-    torch.testing.assert_close(traced(larger), call({name: larger, **inputs}))
-
-
 @both
 def test_forward_mode_differentiation(attention):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     inputs = to(make_inputs(SHAPE), torch.float64)
     name = next(iter(inputs))
     x = inputs.pop(name)
@@ -126,7 +63,7 @@ def test_forward_mode_differentiation(attention):
 
 @both
 def test_strides_do_not_matter(attention):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     inputs = make_inputs(SHAPE)
     name = next(iter(inputs))
     expected = call(inputs)
@@ -142,7 +79,7 @@ def test_strides_do_not_matter(attention):
 
 @both
 def test_expanded_gradients(attention):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(SHAPE).items()}
     tensors = tuple(inputs.values())
     expanded = torch.autograd.grad(call(inputs).sum(), tensors)
@@ -154,7 +91,7 @@ def test_expanded_gradients(attention):
 @both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_computes_in_half_and_gives_gradients_in_the_parameters_dtype(attention, dtype):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(SHAPE).items()}
     with torch.autocast("cpu", dtype):
         output = call(inputs)
@@ -177,7 +114,7 @@ def test_half_qkv_with_a_float32_table():
 @both
 def test_dropout_repeats_under_checkpointing(attention):
     """The first pass runs without gradients, the second with: both must drop the same weights."""
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     inputs = make_inputs(Shape("images", 6, 14, 14, 12, 3))
     name = next(iter(inputs))
     x = inputs.pop(name).requires_grad_()
@@ -190,7 +127,7 @@ def test_dropout_repeats_under_checkpointing(attention):
 
 @both
 def test_unsupported_reasons_takes_the_call_itself(attention):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     inputs = make_inputs(SHAPE, torch.float64)
     reasons = call(inputs, function=partial(catkernels.unsupported_reasons, public(attention)))
     assert reasons
@@ -205,7 +142,7 @@ def public(attention):
 
 @both
 def test_attention_maps_are_only_for_the_reference(attention):
-    call, make_inputs, *_ = ATTENTIONS[attention]
+    call, make_inputs = ATTENTIONS[attention]
     output, weights = call(make_inputs(SHAPE), return_attention=True)
     assert output.shape == (2, 9, 16, 12)
     assert weights.shape == {"ipsa": (2, 6, 3, 49, 49), "cpsa": (2, 12, 6, 6)}[attention]
