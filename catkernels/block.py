@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from catkernels import reference
-from catkernels.functional import Backend, check_backend, check_patch_size, check_probability
+from catkernels.adopted import StandIn
+from catkernels.functional import Backend, check_patch_size, check_probability
 from catkernels.modules import (
     CPSA,
     IPSA,
@@ -17,15 +19,14 @@ from catkernels.modules import (
     ipsa_layer,
     recomputes_norm,
 )
-from catkernels.torch_state.hooks import is_intercepted, share_hooks
+from catkernels.parts import AttentionParts, map_size
+from catkernels.torch_state.hooks import is_intercepted
 
-# What an official block consists of.
-CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
-# The names under which official blocks keep the size of the map that their tokens are.
-_MAP_SIZE = {"H", "W", "input_resolution"}
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class CATBlock(nn.Module):
+class CATBlock(StandIn):
     """``x + drop_path(attn(norm1(x)))``, then ``x + drop_path(mlp(norm2(x)))``.
 
     The children and their parameters have the official names: ``norm1``, ``attn``, ``drop_path``,
@@ -48,6 +49,8 @@ class CATBlock(nn.Module):
         rpe: whether IPSA learns a relative position bias.
         backend: "auto", "triton" or "reference"; see `catkernels.functional`.
     """
+
+    CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
 
     # The size of the map that tokens (B, H*W, C) are, set from outside before a call as in the
     # official code for dense tasks; the official classifier stores `input_resolution` instead.
@@ -88,64 +91,12 @@ class CATBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop)
 
     @classmethod
-    def adopt(cls, block: nn.Module) -> CATBlock:
+    def adopt(cls, block: nn.Module) -> Self:
         """A block with the very children, hooks and mode of an official one, which it remembers."""
-        adopted = cls.__new__(cls)
-        nn.Module.__init__(adopted)
-        share_hooks(block, adopted)
-        for name in _MAP_SIZE & vars(block).keys():
-            setattr(adopted, name, getattr(block, name))
-        for name in CHILDREN:
-            setattr(adopted, name, getattr(block, name))
+        adopted = super().adopt(block)
         adopted.attn_type = block.attn_type
         adopted.patch_size = check_patch_size(block.patch_size)
-        adopted.training = block.training
-        adopted._backend = "auto"
-        # an `IPSA` or `CPSA` of the user's own has one already
-        adopted._former_backend = adopted.backend
-        # in a tuple, so that it is no child and its parameters are not listed twice
-        adopted._adopted = (block,)
         return adopted
-
-    @property
-    def backend(self) -> Backend:
-        """What the attention asks for. It has one of its own where it is an `IPSA` or `CPSA`."""
-        return self.attn.backend if isinstance(self.attn, IPSA | CPSA) else self._backend
-
-    @backend.setter
-    def backend(self, backend: Backend) -> None:
-        self._backend = check_backend(backend)
-        if isinstance(self.attn, IPSA | CPSA):
-            self.attn.backend = backend
-
-    @property
-    def is_adopted(self) -> bool:
-        """Whether this block stands in the place of an official one."""
-        return "_adopted" in vars(self)
-
-    def release(self) -> nn.Module:
-        """The block that `adopt` took over, with what this one now is.
-
-        That is its children, parameters and buffers, whenever they came, its mode, H and W.
-        """
-        (block,) = self._adopted
-        block.training = self.training
-        self.backend = self._former_backend
-        share_hooks(self, block)
-        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            getattr(block, registry).update(getattr(self, registry))
-        for name in _MAP_SIZE & vars(block).keys():
-            setattr(block, name, getattr(self, name))
-        return block
-
-    def __getattr__(self, name: str):
-        """What an adopted block lacks, such as the official `flops`, the official one has."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if not self.is_adopted or name.startswith("__"):
-                raise
-            return getattr(self._adopted[0], name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C), or tokens (B, H*W, C) where H and W are set, to the same shape.
@@ -166,7 +117,7 @@ class CATBlock(nn.Module):
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
             return x.shape[1], x.shape[2]
-        size = self.input_resolution if self.H is None or self.W is None else (self.H, self.W)
+        size = map_size(self)
         if size is None:
             raise ValueError(
                 "tokens (B, H*W, C) need the size of their map: set H and W of the block, or give "
@@ -177,22 +128,22 @@ class CATBlock(nn.Module):
                 f"x must be a map (B, H, W, C) or tokens (B, {size[0]} * {size[1]}, C), "
                 f"got {tuple(x.shape)}"
             )
-        return tuple(size)
+        return size
 
     def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
         attn, options = self.attn, (self.patch_size, self.backend)
         if self.attn_type == "ipsa" and _is_its_children(attn):
-            x = tokens.unflatten(1, size)
-            if recomputes_norm(attn, x, *options, self.norm1):
-                return ipsa_layer(attn, x, *options, norm=self.norm1)
+            x, parts = tokens.unflatten(1, size), AttentionParts.of(attn)
+            if recomputes_norm(parts, x, *options, self.norm1):
+                return ipsa_layer(parts, x, *options, norm=self.norm1)
         x = self.norm1(tokens).unflatten(1, size)
         if isinstance(attn, IPSA | CPSA):
             return attn(x)
-        if needs_its_own_call(attn):
+        if not _is_its_children(attn):
             return self._attend_through_tokens(x)
         layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-        return layer(attn, x, *options)
+        return layer(AttentionParts.of(attn), x, *options)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
         """Call the official attention itself, whose hooks then see the tokens they expect."""
@@ -211,16 +162,11 @@ class CATBlock(nn.Module):
         return f"attn_type={self.attn_type!r}, patch_size={self.patch_size}"
 
 
-def needs_its_own_call(attn: nn.Module) -> bool:
-    """Whether somebody listens to an official attention, or to parts that ours would not call."""
-    parts = (attn, attn.attn_drop, getattr(attn, "softmax", None))
-    return any(part is not None and is_intercepted(part) for part in parts)
-
-
 def _is_its_children(attn: nn.Module) -> bool:
     """Whether to compute with an attention's children is all that its own call would do."""
-    overridden = isinstance(attn, IPSA) and type(attn) is not IPSA
-    return not overridden and not needs_its_own_call(attn)
+    if isinstance(attn, IPSA | CPSA) and type(attn) not in (IPSA, CPSA):
+        return False
+    return not is_intercepted(attn) and not AttentionParts.of(attn).is_listened_to
 
 
 class Mlp(nn.Module):

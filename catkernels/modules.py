@@ -1,6 +1,6 @@
 """IPSA and CPSA as modules, with the official parameter names.
 
-`ipsa_layer` and `cpsa_layer` work with the children of any module of that structure, ours or the
+`ipsa_layer` and `cpsa_layer` work with the parts of any module of that structure, ours or the
 official code's, so that an adopted block and a block of our own share one path.
 """
 
@@ -20,6 +20,7 @@ from catkernels.functional import (
     ipsa_runs_kernels,
 )
 from catkernels.ops.norm_linear import norm_linear
+from catkernels.parts import AttentionParts
 from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.precision import autocast_is_on
 
@@ -126,7 +127,7 @@ class IPSA(_Attention):
             if return_attention:
                 return result[0].flatten(1, 2), result[1]
             return result.flatten(1, 2)
-        return ipsa_layer(self, x, side, self.backend, return_attention)
+        return ipsa_layer(AttentionParts.of(self), x, side, self.backend, return_attention)
 
 
 class CPSA(_Attention):
@@ -182,25 +183,23 @@ class CPSA(_Attention):
             raise ValueError(
                 f"CPSA needs a map (B, H, W, C) or tokens (B*C, P, {side**2}), got {tuple(x.shape)}"
             )
-        return cpsa_layer(self, x, side, self.backend, return_attention)
+        return cpsa_layer(AttentionParts.of(self), x, side, self.backend, return_attention)
 
 
 def ipsa_layer(
-    attn: nn.Module,
+    attn: AttentionParts,
     x: Tensor,
     patch_size: int,
     backend: Backend,
     return_attention: bool = False,
     norm: nn.LayerNorm | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """IPSA of a map (B, H, W, C) with the children of ``attn``, which structure alone qualifies.
+    """IPSA of a map (B, H, W, C) with these parts.
 
     With ``norm``, where `recomputes_norm` says that this is possible, it is IPSA of ``norm(x)``.
     """
     height, width = x.shape[1:3]
-    plain = is_plain_linear(attn.qkv)
-    table = attn.relative_position_bias_table if attn.rpe else None
-    dropout_p = dropout_probability(attn.attn_drop)
+    plain = attn.qkv_is_plain
 
     def attend(x: Tensor) -> tuple[Tensor, ...]:
         if not plain:
@@ -208,21 +207,21 @@ def ipsa_layer(
             x = reference.pad_to_patches(x, patch_size)
         result = ipsa_attention(
             attn.qkv(x) if norm is None else norm_linear(x, norm, attn.qkv),
-            table,
+            attn.table,
             num_heads=attn.num_heads,
             patch_size=patch_size,
             scale=attn.scale,
             qkv_bias=attn.qkv.bias if plain else None,
-            dropout_p=dropout_p,
+            dropout_p=attn.dropout_p,
             return_attention=return_attention,
             backend=backend,
         )
         output, *attention = result if return_attention else (result,)
         return attn.proj(output[:, :height, :width]), *attention
 
-    if plain and is_plain_linear(attn.proj) and backend != "triton":
-        weights = (*attn.qkv.parameters(), *attn.proj.parameters(), table)
-        if cpu.serves(x, *weights, dropout_p=dropout_p, return_attention=return_attention):
+    if plain and attn.proj_is_plain and backend != "triton":
+        weights = (*attn.qkv.parameters(), *attn.proj.parameters(), attn.table)
+        if cpu.serves(x, *weights, dropout_p=attn.dropout_p, return_attention=return_attention):
             return attn.proj_drop(cpu.layer_in_slices(lambda part: attend(part)[0], x))
     output, *attention = attend(x)
     output = attn.proj_drop(output)
@@ -230,7 +229,7 @@ def ipsa_layer(
 
 
 def recomputes_norm(
-    attn: nn.Module, x: Tensor, patch_size: int, backend: Backend, norm: nn.Module
+    attn: AttentionParts, x: Tensor, patch_size: int, backend: Backend, norm: nn.Module
 ) -> bool:
     """Whether IPSA's kernels can train with ``norm(x)`` computed again in the backward pass.
 
@@ -239,7 +238,7 @@ def recomputes_norm(
     # a compiler decides by itself what to compute again
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if type(norm) is not nn.LayerNorm or is_intercepted(norm) or not is_plain_linear(attn.qkv):
+    if type(norm) is not nn.LayerNorm or is_intercepted(norm) or not attn.qkv_is_plain:
         return False
     if norm.normalized_shape != x.shape[-1:]:
         return False
@@ -248,21 +247,25 @@ def recomputes_norm(
     return (
         one_dtype
         and any(t.requires_grad for t in tensors)
-        and ipsa_runs_kernels(x, head_dim=head_dim(attn), patch_size=patch_size, backend=backend)
+        and ipsa_runs_kernels(x, head_dim=attn.head_dim, patch_size=patch_size, backend=backend)
     )
 
 
 def cpsa_layer(
-    attn: nn.Module, x: Tensor, patch_size: int, backend: Backend, return_attention: bool = False
+    attn: AttentionParts,
+    x: Tensor,
+    patch_size: int,
+    backend: Backend,
+    return_attention: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """CPSA of a map (B, H, W, C) with the children of ``attn``, which structure alone qualifies."""
+    """CPSA of a map (B, H, W, C) with these parts."""
     options = {
         "patch_size": patch_size,
         "scale": attn.scale,
-        "dropout_p": dropout_probability(attn.attn_drop),
+        "dropout_p": attn.dropout_p,
         "return_attention": return_attention,
     }
-    if is_plain_linear(attn.qkv) and is_plain_linear(attn.proj):
+    if attn.qkv_is_plain and attn.proj_is_plain:
         weights = (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
         result = cpsa_attention(x, *weights, backend=backend, **options)
     elif backend == "triton":
@@ -281,26 +284,3 @@ def check_floating(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {kind}")
-
-
-def head_dim(attn: nn.Module) -> int:
-    """D of an IPSA attention: what ``qkv`` gives each head, which need not be C / heads."""
-    # an adapter in the place of ``qkv`` may not say how wide it is
-    width = getattr(attn.qkv, "out_features", 3 * getattr(attn, "dim", 0))
-    return width // 3 // attn.num_heads
-
-
-def dropout_probability(dropout: nn.Module) -> float:
-    """The probability with which an ``nn.Dropout`` (or ``nn.Identity``) drops at present."""
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is just its weight and bias.
-
-    It then is no subclass, carries no parametrisation or hook, and its parameters are no wrappers
-    around quantised values, which only operators of their own can read.
-    """
-    if type(module) is not nn.Linear or is_intercepted(module):
-        return False
-    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())

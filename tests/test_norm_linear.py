@@ -13,6 +13,7 @@ from catkernels import official
 from catkernels.accuracy import assert_within_error_budget
 from catkernels.modules import recomputes_norm
 from catkernels.ops.norm_linear import norm_linear
+from catkernels.parts import AttentionParts
 
 
 def layers(norm_options=None, bias=True, dtype=torch.float32):
@@ -124,7 +125,7 @@ def test_only_plain_layers_before_the_kernels_are_joined(obstacle, device):
     x = torch.randn(1, 7, 7, 32, device=device, requires_grad=True)
 
     def joined():
-        return recomputes_norm(block.attn, x, 7, block.backend, block.norm1)
+        return recomputes_norm(AttentionParts.of(block.attn), x, 7, block.backend, block.norm1)
 
     assert joined()
     with torch.no_grad():

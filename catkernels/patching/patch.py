@@ -13,17 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from catkernels.block import CHILDREN, CATBlock, needs_its_own_call
+from catkernels.block import CATBlock
 from catkernels.functional import Backend, check_backend
-from catkernels.modules import CPSA, IPSA, head_dim, is_plain_linear
+from catkernels.modules import CPSA, IPSA
 from catkernels.ops import cpsa, ipsa
+from catkernels.parts import AttentionParts, BlockParts
 from catkernels.patching.recognise import (
     always_checkpoints,
     is_sharded,
-    patch_side,
     reasons_to_leave_alone,
     resembles_block,
 )
+from catkernels.torch_state.hooks import is_intercepted
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,17 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
             continue
         if action == "swapped":
             swaps[module] = CATBlock.adopt(module)
+        parts = BlockParts.of(module)
         if action != "left alone":
-            serving, why = _serving(module, backend)
+            serving, why = _serving(module, parts, backend)
         else:
             serving, why = "own", "; ".join(reasons)
-        reports.append(
-            BlockReport(
-                name, action, getattr(module, "attn_type", "?"), _shape(module), serving, why
-            )
-        )
+        reports.append(BlockReport(name, action, parts.attn_type, _shape(parts), serving, why))
     if not swaps and not served:
         found = "; ".join(f"{report.name}: {report.reason}" for report in reports)
         raise ValueError(
             "no CAT block to patch: a block has the children "
-            f"{', '.join(CHILDREN)} and the attributes attn_type and patch_size. "
+            f"{', '.join(CATBlock.CHILDREN)} and the attributes attn_type and patch_size. "
             f"Left alone: {found or 'nothing resembled one'}"
         )
     _replace(model, swaps)
@@ -200,12 +198,14 @@ def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
         setattr(parent, name, swaps[child])
 
 
-def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
+def _serving(block: nn.Module, parts: BlockParts, backend: Backend) -> tuple[str, str]:
     """What serves a block where its parameters are now, and why that is not the kernels."""
-    attn = block.attn
-    if not isinstance(attn, IPSA | CPSA) and needs_its_own_call(attn):
+    attn = AttentionParts.of(parts.attn)
+    listened_to = is_intercepted(parts.attn) or attn.is_listened_to
+    if not isinstance(parts.attn, IPSA | CPSA) and listened_to:
         return "own", "its attention carries hooks and is called itself"
-    adapters = [name for name in ("qkv", "proj") if not is_plain_linear(getattr(attn, name))]
+    plain = {"qkv": attn.qkv_is_plain, "proj": attn.proj_is_plain}
+    adapters = [name for name, is_plain in plain.items() if not is_plain]
     notes = [f"{name} goes through its own forward" for name in adapters]
     if backend == "reference":
         return "reference", "; ".join([*notes, "asked for"])
@@ -214,12 +214,11 @@ def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
     weight = next(attn.qkv.parameters(), torch.empty(0))
     trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
     where = {"device": weight.device, "dtype": weight.dtype, "needs_grad": trains}
-    side = patch_side(block.patch_size)
-    if block.attn_type == "ipsa":
-        reasons = ipsa.unsupported_reasons(**where, head_dim=head_dim(attn), patch_size=side)
+    if parts.attn_type == "ipsa":
+        reasons = ipsa.unsupported_reasons(**where, head_dim=attn.head_dim, patch_size=parts.side)
     else:
-        patches = _num_patches(block, side)
-        reasons = cpsa.unsupported_reasons(**where, patch_size=side, num_patches=patches)
+        patches = parts.num_patches
+        reasons = cpsa.unsupported_reasons(**where, patch_size=parts.side, num_patches=patches)
         reasons += [
             f"the kernels only read weights, and {name} is intercepted" for name in adapters
         ]
@@ -230,25 +229,11 @@ def _serving(block: nn.Module, backend: Backend) -> tuple[str, str]:
     return "raises" if backend == "triton" else "reference", "; ".join([*notes, *reasons])
 
 
-def _num_patches(block: nn.Module, side: int) -> int:
-    """P where the map's size is known, else two, as if for any size with more than one patch."""
-    height, width = _map_size(block) or (side, 2 * side)
-    return -(-height // side) * -(-width // side)
-
-
-def _map_size(block: nn.Module) -> tuple[int, int] | None:
-    height, width = getattr(block, "H", None), getattr(block, "W", None)
-    if height is not None and width is not None:
-        return height, width
-    return getattr(block, "input_resolution", None)
-
-
-def _shape(block: nn.Module) -> str:
-    height, width = _map_size(block) or ("H", "W")
-    norm = block._modules.get("norm1")
-    channels = "C" if norm is None else next((len(p) for p in norm.parameters()), "C")
-    patch_size, heads = getattr(block, "patch_size", "?"), getattr(block.attn, "num_heads", "?")
-    return f"{height}x{width}x{channels} N={patch_size} heads={heads}"
+def _shape(block: BlockParts) -> str:
+    height, width = block.map_size or ("H", "W")
+    channels = "C" if block.channels is None else block.channels
+    heads = "?" if block.num_heads is None else block.num_heads
+    return f"{height}x{width}x{channels} N={block.patch_size} heads={heads}"
 
 
 def _notes(model: nn.Module) -> Iterator[str]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from catkernels import reference
-from catkernels.block import CHILDREN
-from catkernels.functional import check_patch_size
+from catkernels.block import CATBlock
+from catkernels.parts import patch_side
 from catkernels.torch_state.hooks import is_compiled
 
 # What a block of ours does as every module does; a class that does it in its own way keeps its way.
@@ -30,7 +30,7 @@ def resembles_block(module: nn.Module) -> bool:
 def reasons_to_leave_alone(block: nn.Module, parent: nn.Module | None) -> list[str]:
     """Why a block that resembles one of CAT cannot be swapped; empty where it can."""
     missing = [name for name in ("attn_type", "patch_size") if not hasattr(block, name)]
-    missing += _missing_modules(block, CHILDREN)
+    missing += _missing_modules(block, CATBlock.CHILDREN)
     if missing:
         return [f"not a CAT block: it has no {', '.join(missing)}"]
     return [
@@ -56,7 +56,7 @@ def _placement_reasons(block: nn.Module, parent: nn.Module | None) -> Iterator[s
 def _block_reasons(block: nn.Module) -> Iterator[str]:
     if block.attn_type not in ("ipsa", "cpsa"):
         yield f"attn_type is {block.attn_type!r}, not 'ipsa' or 'cpsa'"
-    yield from _unknown_parts(block, "the block", set(CHILDREN), set())
+    yield from _unknown_parts(block, "the block", set(CATBlock.CHILDREN), set())
     if "forward" in vars(block):
         yield "its forward was replaced on the instance"
     parameters = list(inspect.signature(type(block).forward).parameters)
@@ -121,14 +121,6 @@ def _missing_modules(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _overrides(module: nn.Module, method: str) -> bool:
     return getattr(type(module), method) is not getattr(nn.Module, method)
-
-
-def patch_side(patch_size: int | tuple[int, int]) -> int | None:
-    """N, or None where the patches are no squares."""
-    try:
-        return check_patch_size(patch_size)
-    except ValueError:
-        return None
 
 
 def _is_our_index(index: torch.Tensor, side: int) -> bool:

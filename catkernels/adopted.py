@@ -1,0 +1,90 @@
+"""What a block of ours needs in order to stand in for another one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from catkernels.functional import Backend, check_backend
+from catkernels.modules import CPSA, IPSA
+from catkernels.torch_state.hooks import share_hooks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# The names under which official blocks keep the size of the map that their tokens are.
+_MAP_SIZE = {"H", "W", "input_resolution"}
+
+
+class StandIn(nn.Module):
+    """A block around an attention that can take the place of somebody else's, and give it back.
+
+    It then has the very children, hooks and mode of the other one, which it remembers.
+    """
+
+    # The names of the children that it takes over.
+    CHILDREN: ClassVar[tuple[str, ...]] = ("attn",)
+
+    attn: nn.Module
+    _backend: Backend
+    _former_backend: Backend
+    _adopted: tuple[nn.Module]
+
+    @classmethod
+    def adopt(cls, block: nn.Module) -> Self:
+        """A block with the very children, hooks and mode of another one, which it remembers."""
+        adopted = cls.__new__(cls)
+        nn.Module.__init__(adopted)
+        share_hooks(block, adopted)
+        for name in _MAP_SIZE & vars(block).keys():
+            setattr(adopted, name, getattr(block, name))
+        for name in cls.CHILDREN:
+            setattr(adopted, name, getattr(block, name))
+        adopted.training = block.training
+        adopted._backend = "auto"
+        # an `IPSA` or `CPSA` of the user's own has one already
+        adopted._former_backend = adopted.backend
+        # in a tuple, so that it is no child and its parameters are not listed twice
+        adopted._adopted = (block,)
+        return adopted
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether this block stands in the place of another one."""
+        return "_adopted" in vars(self)
+
+    def release(self) -> nn.Module:
+        """The block that `adopt` took over, with what this one now is.
+
+        That is its children, parameters and buffers, whenever they came, its mode, H and W.
+        """
+        (block,) = self._adopted
+        block.training = self.training
+        self.backend = self._former_backend
+        share_hooks(self, block)
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(block, registry).update(getattr(self, registry))
+        for name in _MAP_SIZE & vars(block).keys():
+            setattr(block, name, getattr(self, name))
+        return block
+
+    @property
+    def backend(self) -> Backend:
+        """What the attention asks for. It has one of its own where it is an `IPSA` or `CPSA`."""
+        return self.attn.backend if isinstance(self.attn, IPSA | CPSA) else self._backend
+
+    @backend.setter
+    def backend(self, backend: Backend) -> None:
+        self._backend = check_backend(backend)
+        if isinstance(self.attn, IPSA | CPSA):
+            self.attn.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        """What an adopted block lacks, such as the official `flops`, the other one has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if not self.is_adopted or name.startswith("__"):
+                raise
+            return getattr(self._adopted[0], name)

@@ -1,0 +1,152 @@
+"""What an attention or a block of CAT consists of, whoever wrote it: read once, typed.
+
+Everything that is known here about other people's modules is known by the official names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from catkernels.functional import check_patch_size
+from catkernels.torch_state.hooks import is_intercepted
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """What an attention in the official structure consists of at this moment.
+
+    Attributes:
+        qkv: what makes queries, keys and values of the tokens.
+        attn_drop: the dropout of attention weights.
+        proj: the linear layer behind the attention.
+        proj_drop: the dropout of what ``proj`` gives.
+        softmax: the module for it, which official attentions have and ours do not.
+        num_heads: heads.
+        scale: factor on ``q k^T``.
+        table: the relative position bias ((2N - 1)**2, heads), or None.
+        head_dim: D, what ``qkv`` gives each head, which need not be C / heads.
+        dropout_p: the probability with which attention weights are dropped at present.
+        qkv_is_plain: whether ``qkv`` is just its weight and bias; see `is_plain_linear`.
+        proj_is_plain: the same of ``proj``.
+    """
+
+    qkv: nn.Module
+    attn_drop: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+    softmax: nn.Module | None
+    num_heads: int
+    scale: float
+    table: Tensor | None
+    head_dim: int
+    dropout_p: float
+    qkv_is_plain: bool
+    proj_is_plain: bool
+
+    @classmethod
+    def of(cls, attn: Any) -> AttentionParts:
+        """Read an attention, ours or one in whose place ours could stand."""
+        # an adapter in the place of ``qkv`` may not say how wide it is
+        width = getattr(attn.qkv, "out_features", 3 * getattr(attn, "dim", 0))
+        return cls(
+            qkv=attn.qkv,
+            attn_drop=attn.attn_drop,
+            proj=attn.proj,
+            proj_drop=attn.proj_drop,
+            softmax=getattr(attn, "softmax", None),
+            num_heads=attn.num_heads,
+            scale=attn.scale,
+            table=attn.relative_position_bias_table if attn.rpe else None,
+            head_dim=width // 3 // attn.num_heads,
+            dropout_p=_dropout_probability(attn.attn_drop),
+            qkv_is_plain=is_plain_linear(attn.qkv),
+            proj_is_plain=is_plain_linear(attn.proj),
+        )
+
+    @property
+    def is_listened_to(self) -> bool:
+        """Whether somebody listens to parts that ours would not call."""
+        parts = (self.attn_drop, self.softmax)
+        return any(part is not None and is_intercepted(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """What a block in the official structure consists of, as far as a report of it says.
+
+    Attributes:
+        attn_type: "ipsa" or "cpsa", or what else the block says.
+        patch_size: N, or what else the block says.
+        side: N, or None where the patches are no squares.
+        map_size: H and W of the map that tokens are, or None where it is not known.
+        channels: C, or None where there is no norm that says.
+        num_heads: heads, or None.
+        attn: the attention.
+    """
+
+    attn_type: str
+    patch_size: object
+    side: int | None
+    map_size: tuple[int, int] | None
+    channels: int | None
+    num_heads: int | None
+    attn: nn.Module
+
+    @classmethod
+    def of(cls, block: Any) -> BlockParts:
+        """Read a block that has an attention, ours or one in whose place ours could stand."""
+        patch_size = getattr(block, "patch_size", "?")
+        norm = block._modules.get("norm1")
+        weight = None if norm is None else next(norm.parameters(), None)
+        return cls(
+            attn_type=getattr(block, "attn_type", "?"),
+            patch_size=patch_size,
+            side=patch_side(patch_size),
+            map_size=map_size(block),
+            channels=None if weight is None else len(weight),
+            num_heads=getattr(block.attn, "num_heads", None),
+            attn=block.attn,
+        )
+
+    @property
+    def num_patches(self) -> int:
+        """P where the map's size is known, else two, as if for any size with more than one."""
+        side = self.side or 1
+        height, width = self.map_size or (side, 2 * side)
+        return -(-height // side) * -(-width // side)
+
+
+def map_size(block: Any) -> tuple[int, int] | None:
+    """H and W of the map that a block's tokens are, under any of the official names."""
+    height, width = getattr(block, "H", None), getattr(block, "W", None)
+    if height is not None and width is not None:
+        return height, width
+    resolution = getattr(block, "input_resolution", None)
+    return None if resolution is None else (resolution[0], resolution[1])
+
+
+def patch_side(patch_size: Any) -> int | None:
+    """N, or None where the patches are no squares."""
+    try:
+        return check_patch_size(patch_size)
+    except ValueError:
+        return None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is just its weight and bias.
+
+    It then is no subclass, carries no parametrisation or hook, and its parameters are no wrappers
+    around quantised values, which only operators of their own can read.
+    """
+    if type(module) is not nn.Linear or is_intercepted(module):
+        return False
+    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
+
+
+def _dropout_probability(dropout: nn.Module) -> float:
+    """The probability with which an ``nn.Dropout`` (or ``nn.Identity``) drops at present."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
