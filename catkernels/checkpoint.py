@@ -8,6 +8,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
@@ -16,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from catkernels.reference import relative_position_index
+
 # Where training code keeps the weights within a checkpoint.
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
 # What a classifier and a backbone do not share: the final norm and head, the norm of each output.
 _KIND_SPECIFIC = re.compile(r"(norm\d*|head)\.(weight|bias)")
+_TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,13 @@ def load_checkpoint(
     objects; a state_dict, or one under "model" or "state_dict"; names with "module." or "backbone."
     before them. Converts the position embedding between the classifier's layout (1, H*W, C) and
     the backbone's (1, C, H, W) and, bicubically, between sizes, as it does IPSA's bias table for
-    another patch size.
+    another patch size. The buffer ``relative_position_index`` follows from the patch size, and is
+    set by it whatever the file holds and the model held; a file whose own orders the bias table in
+    another way does not fit.
 
     Args:
-        model: is changed only when everything fits.
+        model: is changed only when everything fits. One on the meta device needs
+            ``model.to_empty(device=...)`` first; what is reported missing then is still to be set.
         path_or_state_dict: a file, or the weights themselves.
         strict: raise where names are missing or unexpected or shapes do not match. What a
             classifier and a backbone do not share, the norms of the outputs and the head, is
@@ -77,41 +84,44 @@ def load_checkpoint(
     Raises:
         TypeError: ``model`` is no module.
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or not of this model.
+        ValueError: the file is no checkpoint, or not of this model; or the model's parameters are
+            on the meta device, sharded or quantised.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     target = model.state_dict()
-    if any(value.is_meta for value in target.values()):
-        raise ValueError("the model is on the meta device, which holds no values: move it first")
+    _check_loadable(target)
     source, where = _read(path_or_state_dict)
     weights, foreign = _strip_prefix(_unwrap(source, where))
     grid = getattr(model, "ape_grid", None)
+    indices = _indices(target)
     report = LoadReport(unexpected=list(foreign))
     fitting: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name not in target:
             report.unexpected.append(name)
             continue
-        wanted = target[name].shape
-        if name.endswith("relative_position_index"):
-            # follows from the patch size, so that of another size is not missed; another order is
-            if value.shape == wanted and not torch.equal(value.to(target[name]), target[name]):
+        wanted = target[name]
+        if name in indices:
+            if not _orders_as_ours(value):
                 report.mismatched[name] = "another order of the bias table"
             continue
-        converted = _convert(name, value, wanted, grid)
-        if converted.shape == wanted:
+        index = weights.get(name.replace(_TABLE, _INDEX)) if name.endswith(_TABLE) else None
+        if index is not None and not _orders_as_ours(index):
+            report.mismatched[name] = "its rows are in another order"
+            continue
+        if value.is_floating_point() != wanted.is_floating_point():
+            report.mismatched[name] = f"{value.dtype} in {where}, {wanted.dtype} here"
+            continue
+        converted = _convert(name, value, wanted.shape, grid)
+        if converted.shape == wanted.shape:
             fitting[name] = converted
             report.loaded.append(name)
             if converted is not value:
-                report.converted[name] = f"{tuple(value.shape)} -> {tuple(wanted)}"
+                report.converted[name] = f"{tuple(value.shape)} -> {tuple(wanted.shape)}"
         else:
-            report.mismatched[name] = f"{tuple(value.shape)} in {where}, {tuple(wanted)} here"
-    report.missing.extend(
-        name
-        for name in target
-        if name not in weights and not name.endswith("relative_position_index")
-    )
+            report.mismatched[name] = f"{tuple(value.shape)} in {where}, {tuple(wanted.shape)} here"
+    report.missing.extend(name for name in target if name not in weights and name not in indices)
     if not fitting:
         raise ValueError(
             f"{where} holds none of the model's weights: it has {_some(weights)}, "
@@ -119,8 +129,40 @@ def load_checkpoint(
         )
     if strict:
         _raise_unless_it_fits(report, set(foreign), where)
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(fitting | indices, strict=False)
     return report
+
+
+def _check_loadable(target: Mapping[str, Tensor]) -> None:
+    """Refuse a model that values cannot be written into, before any is."""
+    if any(value.is_meta for value in target.values()):
+        raise ValueError(
+            "the model is on the meta device, which holds no values: "
+            "give it some by model.to_empty(device=...) first"
+        )
+    # DTensor and its kin: `torch.nn.Module.load_state_dict` would stop at one of them, half done
+    if any(hasattr(value, "__tensor_flatten__") for value in target.values()):
+        raise ValueError(
+            "the model's parameters are sharded or quantised: load them before that, or, where "
+            "sharded, by torch.distributed.checkpoint.state_dict.set_model_state_dict"
+        )
+
+
+def _indices(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers (N*N, N*N) that follow from the patch size, by name."""
+    return {
+        name: relative_position_index(isqrt(len(value)))
+        for name, value in target.items()
+        if name.endswith(_INDEX) and value.shape == (isqrt(len(value)) ** 2,) * 2
+    }
+
+
+def _orders_as_ours(index: Tensor) -> bool:
+    """Whether an index of any patch size orders the bias table as CAT does."""
+    if index.dim() != 2:
+        return False
+    ours = relative_position_index(isqrt(len(index)), index.device)
+    return torch.equal(index.long(), ours)
 
 
 def _read(path_or_state_dict) -> tuple[Mapping, str]:
@@ -139,16 +181,32 @@ def _read(path_or_state_dict) -> tuple[Mapping, str]:
         ):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        if unsafe is None:
+        classes = _foreign_classes(path, str(error))
+        if not classes:
             raise ValueError(f"{path.name} is no checkpoint that torch.save wrote") from error
         raise ValueError(
-            f"{path.name} holds more than weights, which is not loaded for safety: {unsafe[1]}. "
-            "Save its state_dict alone, best as .safetensors"
+            f"{path.name} holds more than weights, which is not loaded for safety: "
+            f"{', '.join(classes)}. Save its state_dict alone, best as .safetensors; or, where you "
+            "trust the file, import and allow what it names before loading it: "
+            f"torch.serialization.add_safe_globals([{', '.join(classes)}])"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is no checkpoint that torch.save wrote: {error}") from error
+    # of a damaged file torch raises anything, a KeyError of a number included
+    except Exception as error:
+        why = f": {error}" if isinstance(error, OSError | RuntimeError) else ""
+        raise ValueError(f"{path.name} is no checkpoint that torch.save wrote{why}") from error
     return content, path.name
+
+
+def _foreign_classes(path: Path, error: str) -> list[str]:
+    """The full names of what `torch.load` refused to build; none where that was not the fault."""
+    refused = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", error)
+    if refused is None:
+        return []
+    names = {refused[1] or refused[2]}
+    # that was the first one met; torch can tell them all, of its present format and whole files
+    with suppress(Exception):
+        names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    return sorted(names)
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:

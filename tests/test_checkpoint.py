@@ -6,8 +6,10 @@ import pickle
 import sys
 import types
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -174,6 +176,9 @@ def write(path, how: str) -> None:
             path.write_bytes(path.read_bytes()[:5000])
         case "code":
             torch.save({"model": build().state_dict(), "extra": Malicious()}, path)
+        case "cut, in torch's older format":
+            torch.save(build().state_dict(), path, _use_new_zipfile_serialization=False)
+            path.write_bytes(path.read_bytes()[:2000])
         case "plain pickle":
             path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
         case "number":
@@ -196,8 +201,9 @@ def write(path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("text", "is no checkpoint that torch.save wrote"),
-        ("empty", "is no checkpoint that torch.save wrote"),
+        ("text", "is no checkpoint that torch.save wrote$"),
+        ("empty", "is no checkpoint that torch.save wrote$"),
+        ("cut, in torch's older format", "is no checkpoint that torch.save wrote$"),
         ("cut", "is no checkpoint that torch.save wrote"),
         ("code", r"not loaded for safety: .*print"),
         ("plain pickle", "is no checkpoint that torch.save wrote"),
@@ -221,6 +227,39 @@ def test_wrong_files(how, message, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_file_with_objects_of_other_packages_says_how_to_allow_them(tmp_path, monkeypatch):
+    """As mmengine saves its message hub beside the weights."""
+    module = types.ModuleType("mmengine.history_buffer")
+    module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": "mmengine.history_buffer"})
+    monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
+    monkeypatch.setitem(sys.modules, "mmengine.history_buffer", module)
+    history = module.HistoryBuffer()
+    history.values = np.arange(3.0)
+    source, model = build(1), build(2)
+    before = deepcopy(model.state_dict())
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        content = {"state_dict": source.state_dict(), "message_hub": history}
+        torch.save(content, tmp_path / "mm.pth", **options)
+        refused = r"add_safe_globals\(\[mmengine\.history_buffer\.HistoryBuffer.*\]\)"
+        with pytest.raises(ValueError, match=refused) as raised:
+            load_checkpoint(model, tmp_path / "mm.pth")
+        # all at once, where torch can tell them
+        assert ("numpy.ndarray" in str(raised.value)) == (not options)
+        assert untouched(model, before)
+
+    reconstruct = np.zeros(1).__reduce__()[0]
+    allowed = [module.HistoryBuffer, reconstruct, np.ndarray, np.dtype]
+    with torch.serialization.safe_globals(allowed):
+        # what a class makes while it is built shows only then
+        with pytest.raises(
+            ValueError, match=r"add_safe_globals\(\[numpy\.dtypes\.Float64DType\]\)"
+        ):
+            load_checkpoint(model, tmp_path / "mm.pth")
+        torch.serialization.add_safe_globals([np.dtypes.Float64DType])
+        load_checkpoint(model, tmp_path / "mm.pth")
+    assert untouched(model, source.state_dict())
+
+
 def test_wrong_safetensors_and_missing_files(tmp_path):
     (tmp_path / "weights.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"weights\.safetensors is no safetensors file"):
@@ -239,10 +278,69 @@ def test_a_table_in_another_order_is_refused():
     assert untouched(model, before)
 
 
+def test_a_table_in_another_order_is_left_out_where_that_is_asked_for():
+    """Also where its size differs, so that the index says nothing of the model's."""
+    for options in ({}, {"patch_size": 5}):
+        source, model = build(1).state_dict(), build(2, **options)
+        index = "layers.0.pre_ipsa_blocks.0.attn.relative_position_index"
+        table = index.replace("index", "bias_table")
+        source[index] = source[index].T.contiguous()
+        before = model.state_dict()[table].clone()
+        report = load_checkpoint(model, source, strict=False)
+        assert {index, table} <= report.mismatched.keys()
+        assert torch.equal(model.state_dict()[table], before)
+        assert table not in report.loaded
+
+
+KINDS = {
+    "ours": build,
+    "official": partial(build, model=official.CAT),
+    "backbone": partial(build, out_indices=(1,)),
+    "other patches": partial(build, patch_size=5),
+}
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_index_is_right_after_every_load(kind, with_index, patched):
+    """Whatever the buffer held before, as memory does that was only just allocated."""
+    source = build(1).state_dict()
+    if not with_index:
+        source = {name: value for name, value in source.items() if not name.endswith("_index")}
+    right = KINDS[kind](2).state_dict()
+    with torch.device("meta"):
+        model = KINDS[kind](2)
+    if patched:
+        catkernels.patch(model)
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.fill_(17)
+    load_checkpoint(model, source, strict=kind != "other patches")
+    indices = [name for name in right if name.endswith("relative_position_index")]
+    assert len(indices) == 4
+    for name in indices:
+        assert torch.equal(model.state_dict()[name], right[name]), name
+    if kind in ("ours", "official"):
+        images = torch.randn(1, 3, 56, 56)
+        expected = build(1).eval()(images)
+        torch.testing.assert_close(model.eval()(images), expected)
+
+
+def test_numbers_that_are_no_weights_do_not_fit():
+    """Quantised weights, say, which would be copied as if they were the values themselves."""
+    source, model = build(1).state_dict(), build(2)
+    source["head.weight"] = (100 * source["head.weight"]).char()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"head\.weight \(torch\.int8 in the state_dict"):
+        load_checkpoint(model, source)
+    assert untouched(model, before)
+
+
 def test_models_that_cannot_be_loaded_into():
     with torch.device("meta"):
         model = build()
-    with pytest.raises(ValueError, match="on the meta device"):
+    with pytest.raises(ValueError, match=r"on the meta device.*model\.to_empty"):
         load_checkpoint(model, build(1).state_dict())
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         load_checkpoint("cat_small", {})

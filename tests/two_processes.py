@@ -101,13 +101,16 @@ def unpatched_in_ddp(model: nn.Module) -> nn.Module:
     return model
 
 
-def not_unpatched_in_fsdp(model: nn.Module) -> nn.Module:
-    """Refusing to unpatch must change nothing, or the step that follows would show it."""
+def refusing_in_fsdp(model: nn.Module) -> nn.Module:
+    """Refusing to unpatch or load must change nothing, or the step that follows would show it."""
+    weights = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     model = sharded(patched(model))
     modules = list(model.modules())
     with pytest.raises(ValueError, match="cannot unpatch a block that fully_shard manages"):
         catkernels.unpatch(model)
     assert list(model.modules()) == modules
+    with pytest.raises(ValueError, match="sharded or quantised: load them before that"):
+        catkernels.load_checkpoint(model, weights)
     return model
 
 
@@ -141,7 +144,7 @@ REFERENCE = {
     "DDP of a static graph": Case(
         "backbone", lambda m: DistributedDataParallel(patched(m), static_graph=True)
     ),
-    "FSDP2": Case("classifier", not_unpatched_in_fsdp),
+    "FSDP2": Case("classifier", refusing_in_fsdp),
     "FSDP2 of a backbone": Case("backbone", lambda m: sharded(patched(m))),
     "FSDP2 by layers": Case("classifier", lambda m: sharded_by_layers(patched(m))),
     "FSDP2 of a block before patching": Case("classifier", partly_patched_in_fsdp),
