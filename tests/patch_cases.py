@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
+from tiny_models import TINY
 from torch import nn
 
 from catkernels import official
 
-TINY = {"embed_dim": 12, "depths": (1, 1), "num_heads": (3, 3), "num_classes": 4, "ape": True}
 KINDS = {
-    "classifier": {"img_size": 56},
-    "backbone": {"img_size": 56, "out_indices": (0, 1)},
-    "checkpointed": {"img_size": 56, "checkpoint_always": True},
+    "classifier": {},
+    "backbone": {"out_indices": (0, 1)},
+    "checkpointed": {"checkpoint_always": True},
     "dropping": {
-        "img_size": 56,
         "drop_rate": 0.1,
         "ipsa_attn_drop": 0.2,
         "cpsa_attn_drop": 0.2,

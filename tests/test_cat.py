@@ -107,7 +107,7 @@ def test_formulas_equal_the_counts():
     ]
 
 
-TINY = {"embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "num_classes": 5}
+THREE_STAGES = {"embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "num_classes": 5}
 
 
 @pytest.mark.parametrize("slice_emb", [False, True], ids=["conv", "slices"])
@@ -115,7 +115,7 @@ TINY = {"embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "num_classe
 @pytest.mark.parametrize("size", [(64, 64), (50, 61), (1, 1), (7, 130)], ids=str)
 def test_any_size_runs(size, ape, slice_emb):
     images = torch.randn(2, 3, *size)
-    options = {**TINY, "img_size": (48, 64), "ape": ape, "slice_emb": slice_emb}
+    options = {**THREE_STAGES, "img_size": (48, 64), "ape": ape, "slice_emb": slice_emb}
     logits = catkernels.CAT(**options)(images)
     assert logits.shape == (2, 5)
     assert logits.isfinite().all()
@@ -128,7 +128,7 @@ def test_any_size_runs(size, ape, slice_emb):
 
 def test_slice_embedding_is_the_convolution_of_its_pixels():
     """Slicing twice is a permutation of the 4 x 4 pixels, so some convolution does the same."""
-    cat = catkernels.CAT(**TINY, slice_emb=True, patch_norm=False)
+    cat = catkernels.CAT(**THREE_STAGES, slice_emb=True, patch_norm=False)
     embedding = cat.patch_embed
     weight = embedding.proj.weight[:, :, 0, 0].unflatten(1, (2, 2, 2, 2, 3))
     # channels: second slice (column, row), first slice (column, row), colour
@@ -147,26 +147,26 @@ def test_patch_projection_orders_its_neighbours():
 
 
 def test_position_embedding_is_resized_with_the_image():
-    cat = catkernels.CAT(**TINY, img_size=(32, 48), ape=True)
+    cat = catkernels.CAT(**THREE_STAGES, img_size=(32, 48), ape=True)
     assert cat.ape.shape == (1, 8 * 12, 8)
     same = cat._position_embedding(8, 12)
     assert torch.equal(same.flatten(1, 2), cat.ape)
     assert cat._position_embedding(5, 9).shape == (1, 5, 9, 8)
-    dense = catkernels.CAT(**TINY, img_size=(32, 48), ape=True, out_indices=(2,))
+    dense = catkernels.CAT(**THREE_STAGES, img_size=(32, 48), ape=True, out_indices=(2,))
     assert dense.ape.shape == (1, 8, 8, 12)
 
 
 def test_position_embedding_and_biases_are_spared_weight_decay():
     """By whole names, which timm's optimizers and the official training code ask for."""
-    cat = catkernels.CAT(**TINY, ape=True)
+    cat = catkernels.CAT(**THREE_STAGES, ape=True)
     spared = cat.no_weight_decay()
     tables = {name for name in cat.state_dict() if name.endswith("relative_position_bias_table")}
     assert spared == {"ape"} | tables
-    assert len(spared) == 1 + 2 * sum(TINY["depths"])
+    assert len(spared) == 1 + 2 * sum(THREE_STAGES["depths"])
 
 
 def test_n_shrinks_to_the_stage_in_the_classifier_only():
-    options = {**TINY, "img_size": 32}
+    options = {**THREE_STAGES, "img_size": 32}
     sides = [layer.pre_ipsa_blocks[0].patch_size for layer in catkernels.CAT(**options).layers]
     assert sides == [7, 4, 2]
     dense = catkernels.CAT(**options, out_indices=(0,))
@@ -178,7 +178,7 @@ def test_checkpointing_changes_nothing_but_memory():
     gradients = []
     for use_checkpoint in (False, True):
         torch.manual_seed(0)
-        options = {**TINY, "drop_rate": 0.1, "ipsa_attn_drop": 0.1, "cpsa_attn_drop": 0.1}
+        options = {**THREE_STAGES, "drop_rate": 0.1, "ipsa_attn_drop": 0.1, "cpsa_attn_drop": 0.1}
         cat = catkernels.CAT(**options, use_checkpoint=use_checkpoint)
         torch.manual_seed(5)
         cat(images).sum().backward()
@@ -206,17 +206,17 @@ def test_checkpointing_changes_nothing_but_memory():
 )
 def test_contradicting_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        catkernels.CAT(**(TINY | options))
+        catkernels.CAT(**(THREE_STAGES | options))
 
 
 def test_wrong_images():
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 1, 32, 32\)"):
-        catkernels.CAT(**TINY)(torch.randn(1, 1, 32, 32))
+        catkernels.CAT(**THREE_STAGES)(torch.randn(1, 1, 32, 32))
 
 
 def test_images_of_bytes():
     with pytest.raises(TypeError, match=r"floating-point, got torch\.uint8: divide by 255"):
-        catkernels.CAT(**TINY)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        catkernels.CAT(**THREE_STAGES)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 @st.composite

@@ -106,7 +106,10 @@ def test_random_shapes(dtype, full):
         )
 
 
-@pytest.mark.parametrize("weight_std", [1e-3, 3e-2, 1.0, 3.0])
+# in plain runs the smallest and the largest
+@pytest.mark.parametrize(
+    "weight_std", [1e-3, *(pytest.param(std, marks=pytest.mark.full) for std in (3e-2, 1.0)), 3.0]
+)
 @pytest.mark.parametrize("shape", [cpsa_shape(14, 14, 64, batch=2), CPSA_PATCH_COUNTS[12]], ids=str)
 def test_weights_of_any_size(weight_std, shape):
     inputs = make_inputs(shape, FP16, weight_std=weight_std)

@@ -8,22 +8,22 @@ from itertools import product
 import pytest
 import torch
 from fresh_process import run_python
+from tiny_models import ONE_STAGE, TINY
 
 import catkernels
 from catkernels import official
 
 KINDS = ("classifier", "backbone", "patched classifier", "patched backbone")
-TINY = {"embed_dim": 12, "depths": (1, 1), "num_heads": (3, 3), "num_classes": 4, "ape": True}
 
 
 def build(kind: str) -> tuple[torch.nn.Module, tuple[int, int]]:
     torch.manual_seed(0)
     options = {"out_indices": (0, 1)} if "backbone" in kind else {}
     if "patched" in kind:
-        model = official.CAT(**TINY, img_size=56, **options)
+        model = official.CAT(**TINY, **options)
         catkernels.patch(model)
         return model.eval(), (50, 61) if options else (56, 56)
-    return catkernels.CAT(**TINY, img_size=56, **options).eval(), (50, 61)
+    return catkernels.CAT(**TINY, **options).eval(), (50, 61)
 
 
 def namespaces(program: torch.export.ExportedProgram) -> set[str]:
@@ -83,8 +83,7 @@ torch.testing.assert_close(torch.export.load(kernels).module()(images), expected
 @pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_what_another_process_needs_to_load_a_program(grad, tmp_path):
     """Nothing of ours by the reference; where kernels serve, the import of their operators."""
-    stage = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "out_indices": (0,)}
-    model = official.CAT(**stage, img_size=16, patch_size=2).eval()
+    model = official.CAT(**ONE_STAGE).eval()
     images = torch.randn(3, 3, 14, 17)
     batch = torch.export.Dim("batch", min=1, max=64)
     files = []

@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from tiny_models import ONE_STAGE, SERVED
 from torch.utils.checkpoint import checkpoint
 
 import catkernels
@@ -17,17 +18,15 @@ from catkernels.accuracy import assert_within_error_budget, tf32_products
 
 pytestmark = pytest.mark.usefixtures("tf32_on_gpus")
 
-TINY = {"embed_dim": 32, "depths": (1, 1), "num_heads": (2, 4), "num_classes": 4, "ape": True}
-
 
 def build(kind: str, device: torch.device):
     """A model on the kernels, and images."""
     torch.manual_seed(0)
     if kind == "classifier":
-        model, size = catkernels.CAT(**TINY, img_size=56, drop_path_rate=0.0), (56, 56)
+        model, size = catkernels.CAT(**SERVED, drop_path_rate=0.0), (56, 56)
     else:
-        dense = {"out_indices": (0, 1), "img_size": 56, "drop_path_rate": 0.0}
-        model, size = official.CAT(**TINY, **dense), (38, 45)
+        dense = {"out_indices": (0, 1), "drop_path_rate": 0.0}
+        model, size = official.CAT(**SERVED, **dense), (38, 45)
     catkernels.patch(model, backend="triton")
     return model.to(device), torch.randn(2, 3, *size, device=device)
 
@@ -117,14 +116,16 @@ def test_checkpointing_repeats_the_dropout(attention, use_reentrant, device, lau
         assert torch.equal(plain, repeated)
 
 
-def test_deterministic_algorithms_are_no_obstacle(device, launches, monkeypatch):
-    model, images = build("classifier", device)
+@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
+def test_deterministic_algorithms_are_no_obstacle(attention, device, launches, monkeypatch):
+    block = catkernels.CATBlock(32, 2, attn_type=attention, backend="triton").to(device)
+    x = torch.randn(2, 9, 7, 32, device=device)
     # without it PyTorch refuses the products of linear layers on NVIDIA's devices
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
-        first = outputs_and_gradients(model, images)
-        second = outputs_and_gradients(model, images)
+        first = outputs_and_gradients(block, x)
+        second = outputs_and_gradients(block, x)
     finally:
         torch.use_deterministic_algorithms(False)
     for one, other in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
@@ -183,8 +184,7 @@ def test_an_unpadded_child_with_a_hook_still_reaches_the_kernels_or_says_so(
 
 def test_a_gradient_penalty_is_refused(device, launches):
     """The incoming gradient is a constant here, which `once_differentiable` would let pass."""
-    stage = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "out_indices": (0,)}
-    model = official.CAT(**stage, img_size=16, patch_size=2).to(device)
+    model = official.CAT(**ONE_STAGE).to(device)
     catkernels.patch(model, backend="triton")
     images = torch.randn(1, 3, 16, 16, device=device, requires_grad=True)
     (output,) = model(images)

@@ -8,7 +8,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from patch_cases import KINDS, TINY, build, run, step
+from patch_cases import KINDS, build, run, step
+from tiny_models import TINY
 from torch import nn
 
 import catkernels
@@ -213,7 +214,7 @@ def test_a_block_held_twice_is_replaced_in_both_places():
 
 
 def test_a_model_of_our_own_is_served_already():
-    model = catkernels.CAT(**TINY, img_size=56)
+    model = catkernels.CAT(**TINY)
     report = patch(model, backend="reference")
     assert report.swapped == []
     assert len(report.already_served) == 6

@@ -7,6 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from tiny_models import ONE_STAGE
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -23,8 +24,8 @@ backends = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 def build(device: torch.device) -> tuple[nn.Module, torch.Tensor]:
     """One stage in the official structure that kernels serve, and an image of two patches."""
-    stage = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "out_indices": (0,)}
-    model = official.CAT(img_size=28, ape=True, drop_path_rate=0.0, **stage)
+    options = {"img_size": 28, "patch_size": 7, "ape": True, "drop_path_rate": 0.0}
+    model = official.CAT(**(ONE_STAGE | options))
     return model.to(device), torch.randn(1, 3, 28, 50, device=device)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import SERVED
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,10 +33,9 @@ import catkernels
 from catkernels import official
 from catkernels.training.processes import Processes, joined_processes
 
-TINY = {"img_size": 56, "embed_dim": 16, "num_classes": 4, "ape": True, "drop_path_rate": 0.0}
 KINDS = {
-    "classifier": {"depths": (1, 1), "num_heads": (1, 2)},
-    "backbone": {"depths": (1,), "num_heads": (1,), "out_indices": (0,)},
+    "classifier": SERVED,
+    "backbone": SERVED | {"depths": (1,), "num_heads": (1,), "out_indices": (0,)},
 }
 # the backbone's maps are 7 x 13, two patches of which one is padded
 SIZES = {"classifier": (56, 56), "backbone": (28, 50)}
@@ -44,7 +44,7 @@ BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.f
 
 
 def build(kind: str, dtype: torch.dtype) -> tuple[nn.Module, SGD]:
-    model = official.CAT(**TINY, **KINDS[kind]).to(dtype)
+    model = official.CAT(**KINDS[kind], drop_path_rate=0.0).to(dtype)
     return model, SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 
