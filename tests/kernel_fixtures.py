@@ -13,12 +13,14 @@ import torch
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run here: the GPU, else the CPU through Triton's interpreter."""
+    pytest.importorskip("triton")
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often each kernel, by name, was launched; a test must launch at least one."""
+    pytest.importorskip("triton")
     from catkernels.kernels.tiles import dot as any_jit_function
 
     counter: Counter[str] = Counter()
@@ -49,7 +51,7 @@ def tf32_on_gpus() -> Iterator[None]:
 @pytest.fixture
 def round_to_nearest_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the interpreter round float32 to bfloat16 as GPUs do; by itself it truncates."""
-    import triton.language as tl
+    tl = pytest.importorskip("triton.language")
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float

@@ -23,6 +23,8 @@ from cross_compile import (
     triton_version,
 )
 
+pytest.importorskip("triton")
+
 NAME = "cpsa_resources"
 
 # number of patches -> height and width in patches, and the channels of CAT-S at that stage

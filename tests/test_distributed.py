@@ -29,6 +29,8 @@ from two_processes import (
 
 from catkernels.accuracy import assert_draws_within_error_budget, assert_within_error_budget
 
+pytest.importorskip("triton")
+
 # float64 rounds gradients of up to some hundreds at 1e-14; those of the bias tables are about 1e-6
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 

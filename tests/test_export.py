@@ -83,6 +83,7 @@ torch.testing.assert_close(torch.export.load(kernels).module()(images), expected
 @pytest.mark.parametrize("grad", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_what_another_process_needs_to_load_a_program(grad, tmp_path):
     """Nothing of ours by the reference; where kernels serve, the import of their operators."""
+    pytest.importorskip("triton")
     model = official.CAT(**ONE_STAGE).eval()
     images = torch.randn(3, 3, 14, 17)
     batch = torch.export.Dim("batch", min=1, max=64)

@@ -21,6 +21,8 @@ from cross_compile import (
     triton_version,
 )
 
+pytest.importorskip("triton")
+
 NAME = "ipsa_resources"
 
 

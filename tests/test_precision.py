@@ -152,6 +152,7 @@ def test_what_autocast_keeps_for_later_passes_keeps_its_gradients(device):
 @halves
 def test_autocast_for_a_gpu_reaches_the_kernels(dtype):
     """By tensors that only claim to be on a GPU: on one, "auto" chooses the operators."""
+    pytest.importorskip("triton")
     inputs = make_ipsa_inputs(Shape("padded", 2, 9, 16, 16, 1), device="meta")
     with FakeTensorMode() as mode, torch.no_grad():
         fakes = {n: FakeTensor(mode, t, torch.device("cuda", 0)) for n, t in inputs.items()}
@@ -223,6 +224,7 @@ def precision_put_back():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_of_float32_products_reaches_the_kernels(name, monkeypatch):
     """PyTorch's old and new ones, which it refuses to read as the other kind once set."""
+    pytest.importorskip("triton")
     from catkernels.kernels.launch import dot_precision
 
     change, expected = SETTINGS[name]
