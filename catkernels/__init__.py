@@ -5,7 +5,8 @@ from catkernels.cat import CAT, cat_base, cat_small, cat_tiny
 from catkernels.checkpoint import LoadReport, load_checkpoint
 from catkernels.functional import cpsa_attention, ipsa_attention, unsupported_reasons
 from catkernels.modules import CPSA, IPSA
-from catkernels.patching.patch import BlockReport, PatchReport, patch, unpatch
+from catkernels.patching.patch import patch, unpatch
+from catkernels.patching.report import BlockReport, PatchReport
 
 __version__ = "0.1.0"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from catkernels.functional import Backend, check_backend
 from catkernels.modules import CPSA, IPSA
-from catkernels.torch_state.hooks import share_hooks
+from catkernels.parts import AttentionParts, has_official_parts
+from catkernels.torch_state.hooks import is_intercepted, share_hooks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +29,11 @@ class StandIn(nn.Module):
     CHILDREN: ClassVar[tuple[str, ...]] = ("attn",)
 
     attn: nn.Module
-    _backend: Backend
+    # Of an attention that is none of ours.
+    _backend: Backend = "auto"
+    # The class of an official attention whose parts are all that there is to its call. One of
+    # another class, which may be put around it at any time, is called itself.
+    _read_class: type[nn.Module] | None = None
     _former_backend: Backend
     _adopted: tuple[nn.Module]
 
@@ -42,7 +48,7 @@ class StandIn(nn.Module):
         for name in cls.CHILDREN:
             setattr(adopted, name, getattr(block, name))
         adopted.training = block.training
-        adopted._backend = "auto"
+        adopted._read_class = type(adopted.attn) if has_official_parts(adopted.attn) else None
         # an `IPSA` or `CPSA` of the user's own has one already
         adopted._former_backend = adopted.backend
         # in a tuple, so that it is no child and its parameters are not listed twice
@@ -71,14 +77,38 @@ class StandIn(nn.Module):
 
     @property
     def backend(self) -> Backend:
-        """What the attention asks for. It has one of its own where it is an `IPSA` or `CPSA`."""
-        return self.attn.backend if isinstance(self.attn, IPSA | CPSA) else self._backend
+        """What the attention asks for. An `IPSA` or `CPSA` has one of its own, wrapped or not."""
+        return next((attn.backend for attn in ours_within(self.attn)), self._backend)
 
     @backend.setter
     def backend(self, backend: Backend) -> None:
         self._backend = check_backend(backend)
-        if isinstance(self.attn, IPSA | CPSA):
-            self.attn.backend = backend
+        for attn in ours_within(self.attn):
+            attn.backend = backend
+
+    @property
+    def knows_attention(self) -> bool:
+        """Whether the attention is of a class whose call is known to be nothing but its parts."""
+        return type(self.attn) in (IPSA, CPSA, self._read_class)
+
+    def read_attention(self) -> AttentionParts | None:
+        """What the attention consists of, or None where its call may do more than these parts."""
+        if not self.knows_attention or is_intercepted(self.attn):
+            return None
+        parts = AttentionParts.of(self.attn)
+        return parts if parts.is_arithmetic else None
+
+    @property
+    def attention_takes_tokens(self) -> bool:
+        """Whether the attention expects what the official blocks give theirs, or else a map.
+
+        That is partitioned tokens. In the place of an official block any attention expects them; in
+        a block of ours an official one does, whatever is put around it.
+        """
+        if self.is_adopted:
+            return True
+        official = any(has_official_parts(module) for module in self.attn.modules())
+        return official and not any(ours_within(self.attn))
 
     def __getattr__(self, name: str) -> Any:
         """What an adopted block lacks, such as the official `flops`, the other one has."""
@@ -88,3 +118,8 @@ class StandIn(nn.Module):
             if not self.is_adopted or name.startswith("__"):
                 raise
             return getattr(self._adopted[0], name)
+
+
+def ours_within(attn: nn.Module) -> Iterator[IPSA | CPSA]:
+    """The attentions of ours that an attention is, or is put around."""
+    return (module for module in attn.modules() if isinstance(module, IPSA | CPSA))

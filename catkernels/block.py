@@ -19,8 +19,7 @@ from catkernels.modules import (
     ipsa_layer,
     recomputes_norm,
 )
-from catkernels.parts import AttentionParts, map_size
-from catkernels.torch_state.hooks import is_intercepted
+from catkernels.parts import map_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -132,21 +131,21 @@ class CATBlock(StandIn):
 
     def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
-        attn, options = self.attn, (self.patch_size, self.backend)
-        if self.attn_type == "ipsa" and _is_its_children(attn):
-            x, parts = tokens.unflatten(1, size), AttentionParts.of(attn)
+        attn, parts = self.attn, self.read_attention()
+        if parts is not None and self.attn_type == "ipsa":
+            x, options = tokens.unflatten(1, size), (self.patch_size, self.backend)
             if recomputes_norm(parts, x, *options, self.norm1):
                 return ipsa_layer(parts, x, *options, norm=self.norm1)
         x = self.norm1(tokens).unflatten(1, size)
         if isinstance(attn, IPSA | CPSA):
             return attn(x)
-        if not _is_its_children(attn):
-            return self._attend_through_tokens(x)
-        layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-        return layer(AttentionParts.of(attn), x, *options)
+        if parts is not None:
+            layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
+            return layer(parts, x, self.patch_size, self.backend)
+        return self._attend_through_tokens(x) if self.attention_takes_tokens else attn(x)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
-        """Call the official attention itself, whose hooks then see the tokens they expect."""
+        """Call the attention itself with the tokens that official blocks give theirs."""
         height, width = x.shape[1:3]
         padded = reference.pad_to_patches(x, self.patch_size)
         split, join = (
@@ -160,13 +159,6 @@ class CATBlock(StandIn):
 
     def extra_repr(self) -> str:
         return f"attn_type={self.attn_type!r}, patch_size={self.patch_size}"
-
-
-def _is_its_children(attn: nn.Module) -> bool:
-    """Whether to compute with an attention's children is all that its own call would do."""
-    if isinstance(attn, IPSA | CPSA) and type(attn) not in (IPSA, CPSA):
-        return False
-    return not is_intercepted(attn) and not AttentionParts.of(attn).is_listened_to
 
 
 class Mlp(nn.Module):

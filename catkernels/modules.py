@@ -6,6 +6,8 @@ official code's, so that an adopted block and a block of our own share one path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -199,14 +201,16 @@ def ipsa_layer(
     With ``norm``, where `recomputes_norm` says that this is possible, it is IPSA of ``norm(x)``.
     """
     height, width = x.shape[1:3]
-    plain = attn.qkv_is_plain
+    plain = attn.qkv_is_plain and attn.proj_is_plain
+    if not plain:
+        # what such a child makes of a padded pixel only the child can say
+        x = reference.pad_to_patches(x, patch_size)
 
     def attend(x: Tensor) -> tuple[Tensor, ...]:
-        if not plain:
-            # what such a child makes of a padded pixel only the child can say
-            x = reference.pad_to_patches(x, patch_size)
         result = ipsa_attention(
-            attn.qkv(x) if norm is None else norm_linear(x, norm, attn.qkv),
+            _project(attn, attn.qkv, x, patch_size)
+            if norm is None
+            else norm_linear(x, norm, attn.qkv),
             attn.table,
             num_heads=attn.num_heads,
             patch_size=patch_size,
@@ -217,15 +221,25 @@ def ipsa_layer(
             backend=backend,
         )
         output, *attention = result if return_attention else (result,)
-        return attn.proj(output[:, :height, :width]), *attention
+        output = _project(attn, attn.proj, output, patch_size)
+        return output if plain else output[:, :height, :width], *attention
 
-    if plain and attn.proj_is_plain and backend != "triton":
+    if plain and backend != "triton":
         weights = (*attn.qkv.parameters(), *attn.proj.parameters(), attn.table)
         if cpu.serves(x, *weights, dropout_p=attn.dropout_p, return_attention=return_attention):
             return attn.proj_drop(cpu.layer_in_slices(lambda part: attend(part)[0], x))
     output, *attention = attend(x)
     output = attn.proj_drop(output)
     return (output, *attention) if return_attention else output
+
+
+def _project(attn: AttentionParts, layer: nn.Module, x: Tensor, patch_size: int) -> Tensor:
+    """``layer``, which is qkv or proj, of a map (B, H, W, C)."""
+    if attn.takes_any_axes:
+        return layer(x)
+    windows = reference.to_windows(x, patch_size)
+    output = layer(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+    return reference.from_windows(output, patch_size, *x.shape[1:3])
 
 
 def recomputes_norm(
@@ -238,7 +252,9 @@ def recomputes_norm(
     # a compiler decides by itself what to compute again
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if type(norm) is not nn.LayerNorm or is_intercepted(norm) or not attn.qkv_is_plain:
+    if type(norm) is not nn.LayerNorm or is_intercepted(norm):
+        return False
+    if not (attn.qkv_is_plain and attn.proj_is_plain):
         return False
     if norm.normalized_shape != x.shape[-1:]:
         return False
@@ -274,10 +290,16 @@ def cpsa_layer(
             "or parametrisations, and the kernels only read weights. Use backend='auto'."
         )
     else:
-        result = reference.cpsa_with_layers(x, attn.qkv, attn.proj, **options)
+        qkv, proj = _by_sequences(attn.qkv), _by_sequences(attn.proj)
+        result = reference.cpsa_with_layers(x, qkv, proj, **options)
     output, *attention = result if return_attention else (result,)
     output = attn.proj_drop(output)
     return (output, *attention) if return_attention else output
+
+
+def _by_sequences(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``layer`` of the patches (B, C, P, N*N), which gets (B*C, P, N*N) as in the official code."""
+    return lambda patches: layer(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
 
 
 def check_floating(x: Tensor) -> None:

@@ -31,6 +31,8 @@ class AttentionParts:
         dropout_p: the probability with which attention weights are dropped at present.
         qkv_is_plain: whether ``qkv`` is just its weight and bias; see `is_plain_linear`.
         proj_is_plain: the same of ``proj``.
+        takes_any_axes: whether ``qkv`` and ``proj`` compute as linear layers do, whatever axes
+            come before the last; what stands in their place may look at those.
     """
 
     qkv: nn.Module
@@ -45,6 +47,7 @@ class AttentionParts:
     dropout_p: float
     qkv_is_plain: bool
     proj_is_plain: bool
+    takes_any_axes: bool
 
     @classmethod
     def of(cls, attn: Any) -> AttentionParts:
@@ -64,13 +67,21 @@ class AttentionParts:
             dropout_p=_dropout_probability(attn.attn_drop),
             qkv_is_plain=is_plain_linear(attn.qkv),
             proj_is_plain=is_plain_linear(attn.proj),
+            takes_any_axes=_computes_linearly(attn.qkv) and _computes_linearly(attn.proj),
         )
 
     @property
-    def is_listened_to(self) -> bool:
-        """Whether somebody listens to parts that ours would not call."""
-        parts = (self.attn_drop, self.softmax)
-        return any(part is not None and is_intercepted(part) for part in parts)
+    def is_arithmetic(self) -> bool:
+        """Whether the softmax and the dropouts, which ours does not call, are just what they say.
+
+        Nobody listens to them, and none is of a class of its own.
+        """
+        dropouts = (self.attn_drop, self.proj_drop)
+        known = all(type(part) in (nn.Dropout, nn.Identity) for part in dropouts)
+        known = known and (type(self.softmax) is nn.Softmax or self.softmax is None)
+        return known and not any(
+            is_intercepted(part) for part in (*dropouts, self.softmax) if part is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,13 @@ class BlockParts:
         return -(-height // side) * -(-width // side)
 
 
+def has_official_parts(attn: nn.Module) -> bool:
+    """Whether `AttentionParts` can be read of a module itself, and not of what it is put around."""
+    children = {"qkv", "attn_drop", "proj", "proj_drop"}
+    attributes = ("num_heads", "scale", "rpe")
+    return children <= attn._modules.keys() and all(hasattr(attn, name) for name in attributes)
+
+
 def map_size(block: Any) -> tuple[int, int] | None:
     """H and W of the map that a block's tokens are, under any of the official names."""
     height, width = getattr(block, "H", None), getattr(block, "W", None)
@@ -145,6 +163,11 @@ def is_plain_linear(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or is_intercepted(module):
         return False
     return not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
+
+
+def _computes_linearly(module: nn.Module) -> bool:
+    """Whether a call is `torch.nn.Linear`'s, whatever its weight is made of."""
+    return type(module).forward is nn.Linear.forward and not is_intercepted(module)
 
 
 def _dropout_probability(dropout: nn.Module) -> float:

@@ -16,7 +16,8 @@ from catkernels import official
 from catkernels.cat import VARIANTS
 from catkernels.checkpoint import load_checkpoint
 from catkernels.images import middle_square, normalised, read_photo
-from catkernels.patching.patch import PatchReport, patch, unpatch
+from catkernels.patching.patch import patch, unpatch
+from catkernels.patching.report import PatchReport
 from catkernels.torch_state.device import best_device
 
 try:

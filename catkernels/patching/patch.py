@@ -8,86 +8,19 @@ state_dict stay what they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from catkernels.block import CATBlock
 from catkernels.functional import Backend, check_backend
-from catkernels.modules import CPSA, IPSA
-from catkernels.ops import cpsa, ipsa
-from catkernels.parts import AttentionParts, BlockParts
+from catkernels.parts import BlockParts
 from catkernels.patching.recognise import (
     always_checkpoints,
     is_sharded,
     reasons_to_leave_alone,
     resembles_block,
 )
-from catkernels.torch_state.hooks import is_intercepted
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What `patch` did with one block.
-
-    Attributes:
-        name: the block's name in the model, as `named_modules` has it.
-        action: "swapped", "already served" or "left alone".
-        kind: "ipsa", "cpsa" or "?".
-        shape: the map where it is known, the channels, N and the heads.
-        backend: what would serve the block where its parameters are and in its mode now: "triton",
-            "reference", "own" for code of the model's own, or "raises" where "triton" was asked for
-            in vain.
-        reason: why it is not the kernels, or why the block was left alone.
-    """
-
-    name: str
-    action: str
-    kind: str
-    shape: str
-    backend: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class PatchReport:
-    """What `patch` found and did: a `BlockReport` each block, and what else is worth knowing."""
-
-    blocks: tuple[BlockReport, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def swapped(self) -> list[str]:
-        """The names of the blocks that were swapped."""
-        return self._names("swapped")
-
-    @property
-    def already_served(self) -> list[str]:
-        """The names of the blocks that were ours before: of our own `CAT`, or patched earlier."""
-        return self._names("already served")
-
-    @property
-    def left_alone(self) -> list[str]:
-        """The names of the blocks that resemble a CAT block but were not swapped."""
-        return self._names("left alone")
-
-    def _names(self, action: str) -> list[str]:
-        return [block.name for block in self.blocks if block.action == action]
-
-    def __str__(self) -> str:
-        header = ("block", "action", "kind", "shape", "backend", "reason")
-        rows = [(b.name, b.action, b.kind, b.shape, b.backend, b.reason) for b in self.blocks]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
-        counts = (
-            f"{len(self.swapped)} swapped, {len(self.already_served)} already served, "
-            f"{len(self.left_alone)} left alone"
-        )
-        return "\n".join([*lines, counts, *(f"note: {note}" for note in self.notes)])
+from catkernels.patching.report import BlockReport, PatchReport, serving, shape
 
 
 def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
@@ -124,11 +57,11 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
         if action == "swapped":
             swaps[module] = CATBlock.adopt(module)
         parts = BlockParts.of(module)
-        if action != "left alone":
-            serving, why = _serving(module, parts, backend)
+        if action == "left alone":
+            served_by, why = "own", "; ".join(reasons)
         else:
-            serving, why = "own", "; ".join(reasons)
-        reports.append(BlockReport(name, action, parts.attn_type, _shape(parts), serving, why))
+            served_by, why = serving(swaps.get(module, module), backend)
+        reports.append(BlockReport(name, action, parts.attn_type, shape(parts), served_by, why))
     if not swaps and not served:
         found = "; ".join(f"{report.name}: {report.reason}" for report in reports)
         raise ValueError(
@@ -196,44 +129,6 @@ def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
     ]
     for parent, name, child in places:
         setattr(parent, name, swaps[child])
-
-
-def _serving(block: nn.Module, parts: BlockParts, backend: Backend) -> tuple[str, str]:
-    """What serves a block where its parameters are now, and why that is not the kernels."""
-    attn = AttentionParts.of(parts.attn)
-    listened_to = is_intercepted(parts.attn) or attn.is_listened_to
-    if not isinstance(parts.attn, IPSA | CPSA) and listened_to:
-        return "own", "its attention carries hooks and is called itself"
-    plain = {"qkv": attn.qkv_is_plain, "proj": attn.proj_is_plain}
-    adapters = [name for name, is_plain in plain.items() if not is_plain]
-    notes = [f"{name} goes through its own forward" for name in adapters]
-    if backend == "reference":
-        return "reference", "; ".join([*notes, "asked for"])
-
-    # a quantised layer may have no parameters at all
-    weight = next(attn.qkv.parameters(), torch.empty(0))
-    trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
-    where = {"device": weight.device, "dtype": weight.dtype, "needs_grad": trains}
-    if parts.attn_type == "ipsa":
-        reasons = ipsa.unsupported_reasons(**where, head_dim=attn.head_dim, patch_size=parts.side)
-    else:
-        patches = parts.num_patches
-        reasons = cpsa.unsupported_reasons(**where, patch_size=parts.side, num_patches=patches)
-        reasons += [
-            f"the kernels only read weights, and {name} is intercepted" for name in adapters
-        ]
-    if weight.device.type == "cpu" and not reasons and backend == "auto":
-        reasons = ["on a CPU the kernels are only interpreted"]
-    if not reasons:
-        return "triton", "; ".join(notes)
-    return "raises" if backend == "triton" else "reference", "; ".join([*notes, *reasons])
-
-
-def _shape(block: BlockParts) -> str:
-    height, width = block.map_size or ("H", "W")
-    channels = "C" if block.channels is None else block.channels
-    heads = "?" if block.num_heads is None else block.num_heads
-    return f"{height}x{width}x{channels} N={block.patch_size} heads={heads}"
 
 
 def _notes(model: nn.Module) -> Iterator[str]:

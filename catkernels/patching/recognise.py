@@ -20,11 +20,14 @@ _KEPT_METHODS = ("train", "state_dict", "_load_from_state_dict", "get_extra_stat
 
 
 def resembles_block(module: nn.Module) -> bool:
-    """Whether a module holds an attention with qkv and proj, as the blocks of most models do."""
+    """Whether a module holds an attention with qkv and proj, as the blocks of most models do.
+
+    The attention may be wrapped, by what checkpoints, compiles or adapts it.
+    """
     attn = getattr(module, "attn", None)
     if not isinstance(attn, nn.Module):
         return False
-    return {"qkv", "proj"} <= {name for name, _ in attn.named_children()}
+    return any({"qkv", "proj"} <= part._modules.keys() for part in attn.modules())
 
 
 def reasons_to_leave_alone(block: nn.Module, parent: nn.Module | None) -> list[str]:
@@ -67,10 +70,15 @@ def _block_reasons(block: nn.Module) -> Iterator[str]:
         yield f"its class has a {', '.join(overridden)} of its own"
     if getattr(block, "shift_size", 0):
         yield f"it shifts its windows by {block.shift_size}"
+    if patch_side(block.patch_size) is None:
+        yield f"its patch_size is {block.patch_size}, not a square"
 
 
 def _attention_reasons(block: nn.Module) -> Iterator[str]:
     attn = block.attn
+    if not {"qkv", "proj"} <= attn._modules.keys():
+        # something put around an attention, which our block calls as theirs does
+        return
     missing = [name for name in ("num_heads", "scale", "rpe") if not hasattr(attn, name)]
     missing += _missing_modules(attn, ("qkv", "proj", "attn_drop", "proj_drop"))
     if missing:
@@ -89,7 +97,6 @@ def _attention_reasons(block: nn.Module) -> Iterator[str]:
 
     side = patch_side(block.patch_size)
     if side is None:
-        yield f"its patch_size is {block.patch_size}, not a square"
         return
     if block.attn_type == "ipsa" and attn.rpe:
         table = getattr(attn, "relative_position_bias_table", None)

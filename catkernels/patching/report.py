@@ -1,0 +1,128 @@
+"""What `patch` did: a row a block, and what serves each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from catkernels.adopted import ours_within
+from catkernels.block import CATBlock
+from catkernels.functional import Backend
+from catkernels.ops import cpsa, ipsa
+from catkernels.parts import AttentionParts, BlockParts
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What `patch` did with one block.
+
+    Attributes:
+        name: the block's name in the model, as `named_modules` has it.
+        action: "swapped", "already served" or "left alone".
+        kind: "ipsa", "cpsa" or "?".
+        shape: the map where it is known, the channels, N and the heads.
+        backend: what would serve the block where its parameters are and in its mode now: "triton",
+            "reference", "own" for code of the model's own, or "raises" where "triton" was asked for
+            in vain.
+        reason: why it is not the kernels, or why the block was left alone.
+    """
+
+    name: str
+    action: str
+    kind: str
+    shape: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` found and did: a `BlockReport` each block, and what else is worth knowing."""
+
+    blocks: tuple[BlockReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def swapped(self) -> list[str]:
+        """The names of the blocks that were swapped."""
+        return self._names("swapped")
+
+    @property
+    def already_served(self) -> list[str]:
+        """The names of the blocks that were ours before: of our own `CAT`, or patched earlier."""
+        return self._names("already served")
+
+    @property
+    def left_alone(self) -> list[str]:
+        """The names of the blocks that resemble a CAT block but were not swapped."""
+        return self._names("left alone")
+
+    def _names(self, action: str) -> list[str]:
+        return [block.name for block in self.blocks if block.action == action]
+
+    def __str__(self) -> str:
+        header = ("block", "action", "kind", "shape", "backend", "reason")
+        rows = [(b.name, b.action, b.kind, b.shape, b.backend, b.reason) for b in self.blocks]
+        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (header, *rows)
+        ]
+        counts = (
+            f"{len(self.swapped)} swapped, {len(self.already_served)} already served, "
+            f"{len(self.left_alone)} left alone"
+        )
+        return "\n".join([*lines, counts, *(f"note: {note}" for note in self.notes)])
+
+
+def serving(block: CATBlock, backend: Backend) -> tuple[str, str]:
+    """What serves a block of ours where its parameters are now, and why that is not the kernels."""
+    ours, attn = next(ours_within(block.attn), None), block.read_attention()
+    own_call = ""
+    if ours is not None:
+        attn = AttentionParts.of(ours)
+        if ours is not block.attn:
+            own_call = f"its attention is in a {type(block.attn).__name__}, which is called itself"
+    elif attn is None:
+        return "own", _why_called_itself(block)
+    plain = {"qkv": attn.qkv_is_plain, "proj": attn.proj_is_plain}
+    adapters = [name for name, is_plain in plain.items() if not is_plain]
+    notes = [own_call] if own_call else []
+    notes += [f"{name} goes through its own forward" for name in adapters]
+    if backend == "reference":
+        return "reference", "; ".join([*notes, "asked for"])
+
+    # a quantised layer may have no parameters at all
+    weight = next(attn.qkv.parameters(), torch.empty(0))
+    trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
+    where = {"device": weight.device, "dtype": weight.dtype, "needs_grad": trains}
+    side = block.patch_size
+    if block.attn_type == "ipsa":
+        reasons = ipsa.unsupported_reasons(**where, head_dim=attn.head_dim, patch_size=side)
+    else:
+        patches = BlockParts.of(block).num_patches
+        reasons = cpsa.unsupported_reasons(**where, patch_size=side, num_patches=patches)
+        reasons += [
+            f"the kernels only read weights, and {name} is intercepted" for name in adapters
+        ]
+    if weight.device.type == "cpu" and not reasons and backend == "auto":
+        reasons = ["on a CPU the kernels are only interpreted"]
+    if not reasons:
+        return "triton", "; ".join(notes)
+    return "raises" if backend == "triton" else "reference", "; ".join([*notes, *reasons])
+
+
+def _why_called_itself(block: CATBlock) -> str:
+    """Why a block calls an attention that is none of ours and does not compute with its parts."""
+    if block.knows_attention:
+        return "its attention carries hooks and is called itself"
+    return f"its attention is in a {type(block.attn).__name__}, which is called itself"
+
+
+def shape(block: BlockParts) -> str:
+    """The map, the channels, N and the heads of a block, as far as it says."""
+    height, width = block.map_size or ("H", "W")
+    channels = "C" if block.channels is None else block.channels
+    heads = "?" if block.num_heads is None else block.num_heads
+    return f"{height}x{width}x{channels} N={block.patch_size} heads={heads}"
