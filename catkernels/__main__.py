@@ -1,4 +1,4 @@
-"""The command line: ``python -m catkernels info``, ``demo`` and ``train``."""
+"""The command line: ``python -m catkernels info``, ``demo``, ``train`` and ``predict``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 import catkernels
-from catkernels.cat import VARIANTS
+from catkernels.commands.models import MODELS
 from catkernels.functional import BACKENDS
 from catkernels.ops import cpsa, ipsa
 from catkernels.torch_state.device import KERNEL_DEVICES, interpreting
@@ -28,13 +28,19 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _Parser(prog="python -m catkernels", description=catkernels.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,train}")
+    parser.add_argument(
+        "--version", action="version", version=f"catkernels {catkernels.__version__}"
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{info,demo,train,predict}"
+    )
 
     info = commands.add_parser("info", help="versions, devices, and what would serve here and why")
     info.set_defaults(run=_info)
 
     _add_demo(commands)
     _add_train(commands)
+    _add_predict(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -49,9 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="run a CAT on a photo, or a trained one on digits")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
-    demo.add_argument(
-        "--model", choices=(*VARIANTS, "digits"), default="cat_small", help="default: %(default)s"
-    )
+    demo.add_argument("--model", choices=MODELS, default="cat_small", help="default: %(default)s")
     demo.add_argument("--size", type=_whole(1, 4096), help="side of the photo; 224")
     demo.add_argument("--batch", type=_whole(1, 1024), help="copies of it; 8")
     demo.add_argument(
@@ -77,8 +81,8 @@ def _add_train(commands) -> None:
     )
     train.add_argument(
         "--model",
-        choices=("digits", *VARIANTS),
-        help="default: digits for the digits, cat_tiny for a folder",
+        choices=MODELS,
+        help="default: the checkpoint's, else digits for the digits, cat_tiny for a folder",
     )
     train.add_argument(
         "--size", type=_whole(1, 4096), help="side of the images; by default the model's"
@@ -102,11 +106,33 @@ def _add_train(commands) -> None:
         default=Path("catkernels-run"),
         help="for the weights, metrics, curve and checkpoint; %(default)s",
     )
+    train.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="weights to start from; of other classes all but the head",
+    )
     train.add_argument("--resume", action="store_true", help="go on with the run in --output")
     train.add_argument(
         "--strict", action="store_true", help="stop at an unreadable image, do not leave it out"
     )
     train.set_defaults(run=_train)
+
+
+def _add_predict(commands) -> None:
+    predict = commands.add_parser("predict", help="classify photos with trained weights")
+    predict.add_argument("images", nargs="+", type=Path, metavar="PHOTO", help="or a folder")
+    predict.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="weights, as train writes"
+    )
+    predict.add_argument("--model", choices=MODELS, help="default: what the checkpoint says")
+    predict.add_argument(
+        "--size", type=_whole(1, 4096), help="side of the photos; as the model was trained"
+    )
+    predict.add_argument(
+        "--top", type=_whole(1, 1000), default=3, help="classes to name; %(default)s"
+    )
+    predict.set_defaults(run=_predict)
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
@@ -188,12 +214,22 @@ def _demo(options: argparse.Namespace) -> None:
         )
 
 
+def _predict(options: argparse.Namespace) -> None:
+    from catkernels.commands.predict import run
+
+    run(**_own(options))
+
+
 def _train(options: argparse.Namespace) -> None:
     # training's own needs, such as scikit-learn, are no needs of the package
     from catkernels.commands.train import run
 
-    arguments = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
-    run(**arguments)
+    run(**_own(options))
+
+
+def _own(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a command."""
+    return {name: value for name, value in vars(options).items() if name not in ("command", "run")}
 
 
 if __name__ == "__main__":

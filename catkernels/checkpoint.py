@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isqrt
@@ -23,6 +23,7 @@ from catkernels.reference import relative_position_index
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
 # What a classifier and a backbone do not share: the final norm and head, the norm of each output.
 _KIND_SPECIFIC = re.compile(r"(norm\d*|head)\.(weight|bias)")
+_HEAD = ("head.weight", "head.bias")
 _TABLE, _INDEX = "relative_position_bias_table", "relative_position_index"
 
 
@@ -36,6 +37,7 @@ class LoadReport:
         missing: names of the model that the checkpoint lacks; they kept their values.
         unexpected: names of the checkpoint that the model lacks; they were dropped.
         mismatched: names whose shapes differ, and how; they kept their values.
+        new: names of the head that was left as it is since ``new_head`` asked for that.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -43,21 +45,35 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, str] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.loaded)} tensors loaded"]
         lines += [f"converted {name}: {how}" for name, how in self.converted.items()]
         lines += [f"mismatched {name}: {how}" for name, how in self.mismatched.items()]
-        for what, names in (("missing", self.missing), ("unexpected", self.unexpected)):
-            if names:
-                lines.append(f"{what}: {', '.join(names)}")
+        lists = {"new": self.new, "missing": self.missing, "unexpected": self.unexpected}
+        lines += [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
         return "\n".join(lines)
+
+
+class DoesNotFit(ValueError):
+    """A checkpoint is of another model than the one it was to be loaded into.
+
+    Attributes:
+        fault: in what they differ, without the advice to somebody who writes Python.
+    """
+
+    def __init__(self, fault: str, advice: str) -> None:
+        super().__init__(f"{fault}. {advice}")
+        self.fault = fault
 
 
 def load_checkpoint(
     model: nn.Module,
     path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
     strict: bool = True,
+    *,
+    new_head: bool = False,
 ) -> LoadReport:
     """Load the weights of a CAT into ``model``: `catkernels.CAT`, or any with the official names.
 
@@ -69,6 +85,11 @@ def load_checkpoint(
     set by it whatever the file holds and the model held; a file whose own orders the bias table in
     another way does not fit.
 
+    To fine-tune to other classes, leave the head as the new model has it::
+
+        model = catkernels.cat_small(num_classes=10)
+        catkernels.load_checkpoint(model, "cat_small.pth", new_head=True)
+
     Args:
         model: is changed only when everything fits. One on the meta device needs
             ``model.to_empty(device=...)`` first; what is reported missing then is still to be set.
@@ -77,9 +98,10 @@ def load_checkpoint(
             classifier and a backbone do not share, the norms of the outputs and the head, is
             reported only, and so is what stands beside a "backbone." in a detector's file. With
             False all of it is reported only.
+        new_head: leave ``head`` as it is, of however many classes the model and the file are.
 
     Returns:
-        What was loaded, converted, missing, unexpected and mismatched.
+        What was loaded, converted, missing, unexpected, mismatched and left as new.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -91,15 +113,17 @@ def load_checkpoint(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     target = model.state_dict()
     _check_loadable(target)
-    source, where = _read(path_or_state_dict)
-    weights, foreign = _strip_prefix(_unwrap(source, where))
+    weights, foreign, where = _named_weights(path_or_state_dict)
     grid = getattr(model, "ape_grid", None)
     indices = _indices(target)
-    report = LoadReport(unexpected=list(foreign))
+    head = [name for name in _HEAD if name in target] if new_head else []
+    report = LoadReport(unexpected=list(foreign), new=head)
     fitting: dict[str, Tensor] = {}
     for name, value in weights.items():
         if name not in target:
             report.unexpected.append(name)
+            continue
+        if name in head:
             continue
         wanted = target[name]
         if name in indices:
@@ -121,16 +145,35 @@ def load_checkpoint(
                 report.converted[name] = f"{tuple(value.shape)} -> {tuple(wanted.shape)}"
         else:
             report.mismatched[name] = f"{tuple(value.shape)} in {where}, {tuple(wanted.shape)} here"
-    report.missing.extend(name for name in target if name not in weights and name not in indices)
+    known = weights.keys() | indices.keys() | set(head)
+    report.missing.extend(name for name in target if name not in known)
     if not fitting:
-        raise ValueError(
-            f"{where} holds none of the model's weights: it has {_some(weights)}, "
-            f"the model {_some(target)}"
+        raise DoesNotFit(
+            f"{where} holds none of the model's weights: it has {some(weights)}, "
+            f"the model {some(target)}",
+            "Build the model that was saved.",
         )
     if strict:
         _raise_unless_it_fits(report, set(foreign), where)
     model.load_state_dict(fitting | indices, strict=False)
     return report
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a file by the names that a CAT has for them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint.
+    """
+    weights, _, _ = _named_weights(path)
+    return weights
+
+
+def _named_weights(path_or_state_dict) -> tuple[dict[str, Tensor], list[str], str]:
+    """The weights, the names that were not a CAT's, and what to call the whole in messages."""
+    source, where = _read(path_or_state_dict)
+    return *_strip_prefix(_unwrap(source, where)), where
 
 
 def _check_loadable(target: Mapping[str, Tensor]) -> None:
@@ -330,17 +373,18 @@ def _raise_unless_it_fits(report: LoadReport, foreign: set[str], where: str) -> 
     faults = []
     if report.mismatched:
         shapes = [f"{name} ({how})" for name, how in report.mismatched.items()]
-        faults.append(f"shapes differ: {_some(shapes)}")
+        faults.append(f"shapes differ: {some(shapes)}")
     if missing:
-        faults.append(f"the model has what it lacks: {_some(missing)}")
+        faults.append(f"the model has what it lacks: {some(missing)}")
     if unexpected:
-        faults.append(f"it has what the model lacks: {_some(unexpected)}")
-    raise ValueError(
-        f"{where} is not of this model: {'; '.join(faults)}. Build the model that was saved, or "
-        "pass strict=False to load what fits."
-    )
+        faults.append(f"it has what the model lacks: {some(unexpected)}")
+    advice = "Build the model that was saved, or pass strict=False to load what fits."
+    if not missing and not unexpected and report.mismatched.keys() <= set(_HEAD):
+        advice = "To fine-tune to other classes, pass new_head=True."
+    raise DoesNotFit(f"{where} is not of this model: {'; '.join(faults)}", advice)
 
 
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some(texts: Iterable[str]) -> str:
+    """The first three of ``texts``, and how many more there are."""
+    texts = list(texts)
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")

@@ -17,6 +17,12 @@ except ImportError as error:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The files in a folder, however deep, whose names are those of images, in order."""
+    extensions = PIL.Image.registered_extensions()
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions)
+
+
 def read_photo(path: Path, size: int) -> PIL.Image.Image:
     """The photo in a file, upright and in colour: its middle square, ``size`` x ``size`` pixels.
 
@@ -45,6 +51,11 @@ def normalised(photo: PIL.Image.Image) -> Tensor:
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels - mean) / std
+
+
+def ink(photo: PIL.Image.Image) -> Tensor:
+    """(1, H, W), -1 (white paper) to 1 (black ink), as `catkernels.digits` has its digits."""
+    return 1 - torch.from_numpy(np.array(photo.convert("L"))).float()[None] / 127.5
 
 
 def _in_8_bits(photo: PIL.Image.Image) -> PIL.Image.Image:

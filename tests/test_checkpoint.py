@@ -134,10 +134,29 @@ def test_another_patch_size():
 
 def test_another_number_of_classes():
     source, model = build(1), build(2, num_classes=3)
-    with pytest.raises(ValueError, match=r"head\.weight \(\(4, 24\) in the state_dict, \(3, 24\)"):
+    shapes = r"head\.weight \(\(4, 24\) in the state_dict, \(3, 24\)"
+    with pytest.raises(ValueError, match=shapes + ".*pass new_head=True"):
         load_checkpoint(model, source.state_dict())
     report = load_checkpoint(model, source.state_dict(), strict=False)
     assert set(report.mismatched) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("classes", [3, 4, 0])
+@pytest.mark.parametrize("model", [catkernels.CAT, official.CAT], ids=["ours", "official"])
+def test_a_new_head(model, classes):
+    """Of as many classes as it may be, it stays; all else is loaded as ever."""
+    source, model = build(1), build(2, model, num_classes=classes)
+    before = deepcopy(model.state_dict())
+    report = load_checkpoint(model, source.state_dict(), new_head=True)
+    head = ["head.weight", "head.bias"]
+    assert report.new == (head if classes else [])
+    assert report.unexpected == ([] if classes else head)
+    assert report.missing == []
+    assert not report.mismatched
+    for name, value in model.state_dict().items():
+        expected = before if name in head else source.state_dict()
+        assert torch.equal(value, expected[name]), name
+    assert ("new: head.weight, head.bias" in str(report)) == bool(classes)
 
 
 def test_a_patched_model_loads_as_well():

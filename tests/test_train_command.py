@@ -10,10 +10,13 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import torch
 from fresh_process import ROOT, run_python, torchrun
+from safetensors.torch import load_file
 from tiny_training import write_photos
 
 from catkernels.__main__ import main
+from catkernels.digits import WEIGHTS
 from catkernels.training import run_folder
 from catkernels.training.trainer import Trainer
 
@@ -104,7 +107,9 @@ def test_interrupted_within_an_epoch_it_resumes_to_the_same_weights(
 
 def test_a_finished_run_is_kept(photos, tmp_path, capsys):
     command = train_command(photos, tmp_path / "run", "--epochs", "1")
-    assert main([*command, "--resume"]) == 0
+    assert main([*command, "--resume"]) == 2
+    assert "there is no run in" in capsys.readouterr().err
+    assert main(command) == 0
     result = capsys.readouterr().out.splitlines()[-1]
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
 
@@ -115,6 +120,37 @@ def test_a_finished_run_is_kept(photos, tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
     assert main([*command, "--resume"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == result
+
+
+def test_it_starts_from_weights(photos, tmp_path, capsys):
+    """With a new head for other classes; a run that went on for no time keeps what it was given."""
+    first, tuned = tmp_path / "first", tmp_path / "tuned"
+    assert main(train_command(photos, first, "--epochs", "1")) == 0
+    weights = first / "model.safetensors"
+    options = ["--epochs", "1", "--learning-rate", "1e-12", "--checkpoint", str(weights)]
+    assert main(train_command(photos, tuned, *options)) == 0
+    before, after = load_file(weights), load_file(tuned / "model.safetensors")
+    count = sum(not name.endswith("relative_position_index") for name in before)
+    assert f"starts from {weights}: {count} tensors\n" in capsys.readouterr().out
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value)
+
+    # the size is that of the run, where no other is asked for
+    others = write_photos(tmp_path / "others", classes=("red", "green", "blue"))
+    command = ["train", "--data", str(others), "--output", str(tmp_path / "other")]
+    command += ["--workers", "0", "--batch-size", "8", *options]
+    assert main(command) == 0
+    line = f"{count - 2} tensors; head.weight, head.bias start anew, for 3 classes\n"
+    assert line in capsys.readouterr().out
+    after = load_file(tmp_path / "other" / "model.safetensors")
+    assert after["head.weight"].shape == (3, 32)
+    name = "layers.0.cpsa_blocks.0.attn.qkv.weight"
+    torch.testing.assert_close(after[name], before[name])
+
+    assert main([*command, "--resume"]) == 0
+    assert "resumed after step 3 of 3" in capsys.readouterr().out
+    assert main([*command, "--resume", "--checkpoint", str(WEIGHTS)]) == 2
+    assert "checkpoint was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"no checkpoint"])
@@ -138,6 +174,9 @@ def test_a_damaged_checkpoint_is_named(photos, tmp_path, capsys, damage):
         (("--output", "{photos}/dark/0.png"), "File exists"),
         (("--learning-rate", "0"), "learning_rate must be more than 0, got 0.0"),
         (("--drop-path", "1"), "drop_path_rate must be in [0, 1), got 1"),
+        (("--checkpoint", "nowhere.pth"), "there is no checkpoint file nowhere.pth"),
+        (("--checkpoint", str(WEIGHTS)), "is of images with 1 channels, these have 3"),
+        (("--resume",), "there is no run in"),
         (("--workers", "-1"), "'-1' is not a whole number from 0 to 1024"),
     ],
 )

@@ -9,21 +9,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from catkernels.cat import CAT, VARIANTS
-from catkernels.digits import DIGITS
+from catkernels.cat import CAT
+from catkernels.commands.models import MODELS, Checkpoint, default_size, read_checkpoint
 from catkernels.functional import Backend
-from catkernels.training.data import digits_data, folder_data
+from catkernels.training.data import ImageData, digits_data, folder_data
 from catkernels.training.processes import joined_processes
 from catkernels.training.recipe import Recipe
 from catkernels.training.run_folder import RunFolder
 from catkernels.training.trainer import Trainer
 
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise ImportError("training needs tqdm: pip install 'catkernels[train]'") from error
+
 # A small model on few images takes small batches and large steps.
 DIGITS_RECIPE = Recipe(epochs=40, batch_size=64, learning_rate=3.2e-2)
 FOLDER_RECIPE = Recipe(epochs=100, batch_size=64)
-MODELS = {"digits": DIGITS} | VARIANTS
 
 
 def run(
@@ -35,6 +38,7 @@ def run(
     backend: Backend,
     workers: int | None,
     output: Path,
+    checkpoint: Path | None,
     resume: bool,
     strict: bool,
     **recipe_changes,
@@ -43,24 +47,25 @@ def run(
 
     Args:
         data: "digits", or the path of a folder of images; see `folder_data`.
-        model: a name of `MODELS`; None: "digits" for the digits, "cat_tiny" for a folder.
-        size: side of the images; None: what the model is made for.
+        model: a name of `MODELS`; None: what the checkpoint says, else "digits" for the digits and
+            "cat_tiny" for a folder.
+        size: side of the images; None: what the checkpoint says, else what the model is made for.
         drop_path: stochastic depth of the last block; None: the model's own.
         backend: "auto", "triton" or "reference"; see `catkernels.functional`.
         workers: processes that read images, beside each one that trains; None: 0 for the digits,
             which are in memory, else up to 8.
         output: the folder for all that the run writes.
-        resume: go on with the run in ``output`` where there is one.
+        checkpoint: weights to start from; of other classes all but the head.
+        resume: go on with the run in ``output``.
         strict: raise where an image cannot be read, instead of leaving it out.
         recipe_changes: values of `Recipe` other than the default; None: the default.
 
     Raises:
-        OSError: ``output`` cannot be written.
-        ValueError: the options contradict each other, the data or the run in ``output``.
+        OSError: ``output`` cannot be written, or there is no such checkpoint.
+        ValueError: the options contradict each other, the data, the checkpoint or the run in
+            ``output``.
     """
     is_digits = data == "digits"
-    model = model or ("digits" if is_digits else "cat_tiny")
-    size = size or MODELS[model].get("img_size", 224)
     recipe = replace(
         DIGITS_RECIPE if is_digits else FOLDER_RECIPE,
         **{name: value for name, value in recipe_changes.items() if value is not None},
@@ -74,6 +79,10 @@ def run(
         # on machines of any number of cores
         _threads(1 if is_digits else torch.get_num_threads()),
     ):
+        # in the first for all, since the others may be on machines that do not have the files
+        start = checkpoint and processes.from_first(lambda: read_checkpoint(checkpoint, model))
+        model = model or (start.model if start else "digits" if is_digits else "cat_tiny")
+        size = size or (start.size if start else default_size(model))
         images = (
             digits_data(size) if is_digits else folder_data(Path(data), size, processes, strict)
         )
@@ -92,11 +101,31 @@ def run(
             "drop_path": options["drop_path_rate"],
             **asdict(recipe),
         }
+        if start:
+            described["checkpoint"] = str(checkpoint)
         folder = RunFolder(output, described, processes.count)
-        # for all, since the others may be on machines that do not have the folder
         state = processes.from_first(lambda: folder.resume(resume))
+        origin = None
+        if start and state is None:
+            # into the first alone, whose weights the others then take
+            origin = processes.from_first(lambda: _load(network, start, images))
         # no name for the trainer, which must be gone when the processes part
-        _train(Trainer(network, images, recipe, processes, workers), folder, state)
+        _train(Trainer(network, images, recipe, processes, workers), folder, state, origin)
+
+
+def _load(network: CAT, start: Checkpoint, images: ImageData) -> str:
+    """Load what the training starts from, and say what that was."""
+    channels = network.patch_embed.in_chans
+    if start.in_chans != channels:
+        raise ValueError(
+            f"{start.path.name} is of images with {start.in_chans} channels, these have {channels}"
+        )
+    names = start.classes
+    same = len(images.classes) == start.num_classes if names is None else names == images.classes
+    report = start.load_into(network, new_head=not same)
+    fresh = [*report.new, *report.missing]
+    also = f"; {', '.join(fresh)} start anew, for {len(images.classes)} classes" if fresh else ""
+    return f"starts from {start.path}: {len(report.loaded)} tensors{also}"
 
 
 @contextmanager
@@ -110,14 +139,14 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(trainer: Trainer, folder: RunFolder, state: dict | None) -> None:
+def _train(trainer: Trainer, folder: RunFolder, state: dict | None, origin: str | None) -> None:
     """Train to the end, from ``state`` on, showing how far it has come and saving it."""
     if state is not None:
         trainer.load_state_dict(state)
     first = trainer.processes.is_first
     if first:
         folder.path.mkdir(parents=True, exist_ok=True)
-        _describe(trainer, folder)
+        _describe(trainer, folder, origin)
     bar = tqdm(
         desc="training",
         total=trainer.steps,
@@ -145,7 +174,7 @@ def _train(trainer: Trainer, folder: RunFolder, state: dict | None) -> None:
         _finish(trainer, folder)
 
 
-def _describe(trainer: Trainer, folder: RunFolder) -> None:
+def _describe(trainer: Trainer, folder: RunFolder, origin: str | None) -> None:
     data = trainer.data
     for why in data.unreadable:
         print(f"left out: {why}")
@@ -160,6 +189,8 @@ def _describe(trainer: Trainer, folder: RunFolder) -> None:
         f"{trainer.recipe.precision} on {processes.device}{among}: {len(data.train)} images of "
         f"{len(data.classes)} classes, {len(data.test)} held out"
     )
+    if origin:
+        print(origin)
     if trainer.step:
         print(f"resumed after step {trainer.step} of {trainer.steps}")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from sklearn.model_selection import StratifiedKFold
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from tqdm.contrib.concurrent import thread_map
 
+from catkernels.checkpoint import some
 from catkernels.digits import DIGITS, load_digits
-from catkernels.images import normalised, read_photo
+from catkernels.images import image_files, normalised, read_photo
 from catkernels.training.processes import Processes
 
 # Of each class one image in so many is held out where the folder holds none.
@@ -127,13 +127,13 @@ def folder_data(folder: Path, size: int, processes: Processes, strict: bool) -> 
             test_classes, test = _files_by_class(test_folder)
             if test_classes != classes:
                 raise ValueError(
-                    f"{train_folder} has the classes {_some(classes)} and {test_folder} "
-                    f"{_some(test_classes)}: give both the same folders"
+                    f"{train_folder} has the classes {some(classes)} and {test_folder} "
+                    f"{some(test_classes)}: give both the same folders"
                 )
 
     faults = processes.from_first(lambda: _faults([path for path, _ in train + test]))
     if strict and faults:
-        raise ValueError(f"{_some(faults.values())}: mend or remove it, or leave out --strict")
+        raise ValueError(f"{some(faults.values())}: mend or remove it, or leave out --strict")
     train, test = ([file for file in files if file[0] not in faults] for files in (train, test))
     _check_class_sizes(train, classes, train_folder, needed=1 if test else HOLD_OUT)
     if not test:
@@ -163,12 +163,10 @@ def _files_by_class(folder: Path) -> tuple[tuple[str, ...], list[tuple[Path, int
             f"{folder} needs a folder of images for each of at least two classes, it has "
             f"{len(folders)}: {folder.name}/cat/1.jpg, {folder.name}/dog/1.jpg, ..."
         )
-    extensions = PIL.Image.registered_extensions()
     files = [
         (path, label)
         for label, class_folder in enumerate(folders)
-        for path in sorted(class_folder.rglob("*"))
-        if path.suffix.lower() in extensions
+        for path in image_files(class_folder)
     ]
     return tuple(p.name for p in folders), files
 
@@ -197,8 +195,3 @@ def _check_class_sizes(
             raise ValueError(
                 f"{folder / name} needs at least {needed} readable images, it has {sizes[label]}"
             )
-
-
-def _some(texts: Iterable[str]) -> str:
-    texts = list(texts)
-    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")

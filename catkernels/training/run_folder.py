@@ -51,15 +51,21 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def resume(self, wanted: bool) -> dict | None:
-        """The state that the run got to, or None where it has to start.
+        """The state that the run got to, or None for a run that has to start.
 
         Args:
-            wanted: whether to go on where a run is found.
+            wanted: whether to go on with a run, or to start one.
 
         Raises:
-            ValueError: a run is found that is not wanted, or of other options, or unreadable.
+            ValueError: there is no run to go on with; or one that is not wanted, of other options,
+                or unreadable.
         """
         if not self.checkpoint.exists():
+            if wanted:
+                raise ValueError(
+                    f"there is no run in {self.path} to resume: start one without --resume, or "
+                    "name its folder by --output"
+                )
             return None
         if not wanted:
             raise ValueError(
