@@ -9,7 +9,9 @@ from torch import Tensor
 
 from catkernels.kernels.ipsa.launch import TILE, Problem, backward_launch
 from catkernels.kernels.ipsa.window import (
+    apart,
     bias_tile,
+    dot_apart,
     head_channels,
     keep_tile,
     load_keys,
@@ -70,6 +72,7 @@ def ipsa_backward_kernel(
 
     first, last = chunk_bounds(chunk, num_chunks, tl.cdiv(num_windows, WINDOWS))
     for tile in tl.range(first, last):
+        windows = tl.minimum(num_windows - tile * WINDOWS, WINDOWS)
         window_pixel, offset, inside, is_token = window_pixels(
             tile, height, width, num_windows, PATCH, WINDOWS, TILE, PADDED
         )
@@ -96,14 +99,18 @@ def ipsa_backward_kernel(
             lse = tl.load(lse_ptrs, mask=is_token, other=float("inf"))
             p = tl.exp2(s * (LOG2E / SCORE_UNIT) - lse[:, None])
         else:
+            s = apart(s, bias, -float("inf"), WINDOWS)
             p = tl.exp2((s - tl.max(s, 1)[:, None]) * (LOG2E / SCORE_UNIT))
             p *= (1.0 / tl.sum(p, 1))[:, None]
+        p = apart(p, bias, 0.0, WINDOWS)
+        dp = apart(dp, bias, 0.0, WINDOWS)
         p_dropped = p
         if seed_ptr is not None:
             keep = keep_tile(seed, drop_threshold, head, tile, PATCH, WINDOWS, TILE)
             p_dropped = tl.where(keep, p * keep_scale, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        ds = apart(ds, bias, 0.0, WINDOWS)
         if bias_partial_ptr is not None:
             bias_sum += ds
 
@@ -126,12 +133,12 @@ def ipsa_backward_kernel(
             k = load_keys(qkv_rows, qkv_bias_ptr, k_channel, in_head, inside, is_token)
             do = tl.load(do_rows[:, None] + channel, mask=mask, other=0.0)
             grad_mask = written[:, None] & in_head
-            dv = dot(tl.trans(p_dropped.to(do.dtype)), do, PRECISION)
+            dv = dot_apart(tl.trans(p_dropped.to(do.dtype)), do, windows, PATCH, WINDOWS, PRECISION)
             dv_ptrs = grad_rows[:, None] + 2 * channels + channel
             tl.store(dv_ptrs, dv.to(q.dtype), mask=grad_mask)
-            dq = dot(ds.to(q.dtype), k, PRECISION) * scale
+            dq = dot_apart(ds.to(q.dtype), k, windows, PATCH, WINDOWS, PRECISION) * scale
             tl.store(grad_rows[:, None] + channel, dq.to(q.dtype), mask=grad_mask)
-            dk = dot(tl.trans(ds.to(q.dtype)), q, PRECISION) * scale
+            dk = dot_apart(tl.trans(ds.to(q.dtype)), q, windows, PATCH, WINDOWS, PRECISION) * scale
             tl.store(grad_rows[:, None] + k_channel, dk.to(q.dtype), mask=grad_mask)
 
     if bias_partial_ptr is not None:

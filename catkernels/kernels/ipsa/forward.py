@@ -8,7 +8,9 @@ from torch import Tensor
 
 from catkernels.kernels.ipsa.launch import Problem, forward_launch
 from catkernels.kernels.ipsa.window import (
+    apart,
     bias_tile,
+    dot_apart,
     head_channels,
     keep_tile,
     load_keys,
@@ -60,6 +62,7 @@ def ipsa_forward_kernel(
 
     first, last = chunk_bounds(chunk, num_chunks, tl.cdiv(num_windows, WINDOWS))
     for tile in tl.range(first, last):
+        windows = tl.minimum(num_windows - tile * WINDOWS, WINDOWS)
         window_pixel, offset, inside, is_token = window_pixels(
             tile, height, width, num_windows, PATCH, WINDOWS, TILE, PADDED
         )
@@ -76,6 +79,7 @@ def ipsa_forward_kernel(
             k_channel = channels + channel
             k = load_keys(qkv_rows, qkv_bias_ptr, k_channel, in_head, inside, is_token)
             s += dot(q, tl.trans(k), PRECISION) * score_scale
+        s = apart(s, bias, -float("inf"), WINDOWS)
         row_max = tl.max(s, 1)
         p = tl.exp2((s - row_max[:, None]) * (LOG2E / SCORE_UNIT))
         row_sum = tl.sum(p, 1)
@@ -92,7 +96,8 @@ def ipsa_forward_kernel(
             # [TILE, BLOCK_D]
             v_channel = 2 * channels + channel
             v = load_keys(qkv_rows, qkv_bias_ptr, v_channel, in_head, inside, is_token)
-            o = dot(p.to(v.dtype), v, PRECISION) * (1.0 / row_sum)[:, None]
+            o = dot_apart(p.to(v.dtype), v, windows, PATCH, WINDOWS, PRECISION)
+            o *= (1.0 / row_sum)[:, None]
             tl.store(out_rows[:, None] + channel, o.to(v.dtype), mask=inside[:, None] & in_head)
 
 

@@ -2,12 +2,13 @@
 
 A tile is 64 tokens: one window of 36 to 64 pixels, or several smaller windows one after another
 that attend block-diagonally. Its tokens are addressed on the map itself; nothing is partitioned.
+What is not finite in one window reaches no other.
 """
 
 import triton
 import triton.language as tl
 
-from catkernels.kernels.tiles import keep_word
+from catkernels.kernels.tiles import dot, keep_word
 
 
 @triton.jit
@@ -122,6 +123,34 @@ def lse_pointers(
     first_row = tl.cast(tile, tl.int64) * (WINDOWS * num_heads) + head
     row = token // PIXELS * num_heads
     return lse_ptr + first_row * PIXELS + (row * PIXELS + token % PIXELS)
+
+
+@triton.jit
+def apart(tile, bias, value, WINDOWS: tl.constexpr):
+    """``tile`` [TILE, TILE] with ``value`` between different windows, where ``bias`` is -inf.
+
+    Adding -inf masks no NaN. A tile of one window needs none of it: its other tokens are zeros.
+    """
+    if WINDOWS > 1:
+        tile = tl.where(bias != -float("inf"), tile, value)
+    return tile
+
+
+@triton.jit
+def dot_apart(weights, x, windows, PATCH: tl.constexpr, WINDOWS: tl.constexpr, PRECISION):
+    """``weights @ x`` [TILE, BLOCK_D] of weights that are zero between the tile's ``windows``.
+
+    Zero times NaN or infinity is NaN, so where there is any NaN each window is multiplied alone.
+    """
+    product = dot(weights, x, PRECISION)
+    if WINDOWS > 1:
+        # [TILE, 1]
+        window = (tl.arange(0, x.shape[0]) // (PATCH * PATCH))[:, None]
+        if tl.max((product != product).to(tl.int32)) > 0:
+            for one in tl.range(0, windows, num_stages=1):
+                alone = dot(weights, tl.where(window == one, x, 0.0), PRECISION)
+                product = tl.where(window == one, alone, product)
+    return product
 
 
 @triton.jit
