@@ -11,8 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ipsa_cases import NAMED, Case, converted, random_grad, results
+from ipsa_cases import NAMED, converted, random_grad, results
 from torch import Tensor
+
+from catkernels.cases import IPSACase
 
 pytestmark = [
     pytest.mark.usefixtures("round_to_nearest_bf16"),
@@ -26,15 +28,15 @@ FP32, FP16 = torch.float32, torch.float16
 POISONS = list(itertools.product(("query", "key", "value", "gradient"), (math.nan, math.inf)))
 BATCH = len(POISONS) + 1
 CASES = [
-    Case("N1", BATCH, 2, 3, patch_size=1),
-    Case("N2", BATCH, 4, 2, patch_size=2),
-    Case("N2-padded", BATCH, 3, 3, patch_size=2),
-    Case("N3", BATCH, 3, 6, patch_size=3),
-    Case("N3-padded", BATCH, 3, 5, patch_size=3),
-    Case("N4", BATCH, 4, 8, patch_size=4),
-    Case("N4-padded", BATCH, 6, 3, patch_size=4),
-    Case("N5", BATCH, 5, 5, patch_size=5),
-    Case("N5-padded", BATCH, 7, 4, patch_size=5),
+    IPSACase("N1", BATCH, 2, 3, patch_size=1),
+    IPSACase("N2", BATCH, 4, 2, patch_size=2),
+    IPSACase("N2-padded", BATCH, 3, 3, patch_size=2),
+    IPSACase("N3", BATCH, 3, 6, patch_size=3),
+    IPSACase("N3-padded", BATCH, 3, 5, patch_size=3),
+    IPSACase("N4", BATCH, 4, 8, patch_size=4),
+    IPSACase("N4-padded", BATCH, 6, 3, patch_size=4),
+    IPSACase("N5", BATCH, 5, 5, patch_size=5),
+    IPSACase("N5-padded", BATCH, 7, 4, patch_size=5),
     replace(NAMED["padded"], batch=BATCH),
 ]
 PACKED = {case.name: case for case in CASES}["N4-padded"]
@@ -51,7 +53,7 @@ def calls():
     yield from [(IN_PIECES, FP32), (DROPOUT, FP16)]
 
 
-def poisoned(case: Case, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def poisoned(case: IPSACase, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Copies with one value of each of the first images spoilt, and which windows' pixels."""
     qkv, grad_out = qkv.clone(), grad_out.clone()
     touched = torch.zeros(qkv.shape[:3], dtype=torch.bool, device=qkv.device)
