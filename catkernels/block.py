@@ -133,10 +133,10 @@ class CATBlock(StandIn):
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
         attn, parts = self.attn, self.read_attention()
         if parts is not None and self.attn_type == "ipsa":
-            x, options = tokens.unflatten(1, size), (self.patch_size, self.backend)
+            x, options = reference.to_map(tokens, *size), (self.patch_size, self.backend)
             if recomputes_norm(parts, x, *options, self.norm1):
                 return ipsa_layer(parts, x, *options, norm=self.norm1)
-        x = self.norm1(tokens).unflatten(1, size)
+        x = reference.to_map(self.norm1(tokens), *size)
         if isinstance(attn, IPSA | CPSA):
             return attn(x)
         if parts is not None:
@@ -154,7 +154,7 @@ class CATBlock(StandIn):
             else (reference.to_patches, reference.from_patches)
         )
         tokens = split(padded, self.patch_size)
-        output = self.attn(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        output = self.attn(tokens.flatten(0, 1)).reshape(tokens.shape)
         return join(output, self.patch_size, *padded.shape[1:3])[:, :height, :width]
 
     def extra_repr(self) -> str:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catkernels.block import CATBlock
 from catkernels.functional import Backend, check_backend, check_patch_size, check_probability
+from catkernels.reference import to_map
 
 # The paper's models (table 1 and the official configurations), as arguments of `CAT`.
 VARIANTS: dict[str, dict] = {
@@ -218,7 +219,7 @@ class CAT(nn.Module):
         if self.is_backbone:
             grid = self.ape
         else:
-            grid = self.ape.unflatten(1, self.ape_grid).permute(0, 3, 1, 2)
+            grid = to_map(self.ape, *self.ape_grid).permute(0, 3, 1, 2)
         if (height, width) != self.ape_grid:
             grid = F.interpolate(grid, (height, width), mode="bicubic")
         return grid.permute(0, 2, 3, 1)

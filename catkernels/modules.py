@@ -125,7 +125,7 @@ class IPSA(_Attention):
             )
         if is_tokens:
             # a window of tokens is a map of one window
-            result = self(x.unflatten(1, (side, side)), return_attention)
+            result = self(reference.to_map(x, side, side), return_attention)
             if return_attention:
                 return result[0].flatten(1, 2), result[1]
             return result.flatten(1, 2)

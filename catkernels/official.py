@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catkernels import cat
 from catkernels.block import DropPath, Mlp
-from catkernels.reference import relative_position_index
+from catkernels.reference import relative_position_index, to_map
 
 
 class CAT(cat.CAT):
@@ -52,7 +52,7 @@ class CATLayer(cat.CATLayer):
                 if hasattr(block, "H"):
                     block.H, block.W = size
                 tokens = self.run(block, tokens)
-        x = tokens.unflatten(1, size)
+        x = to_map(tokens, *size)
         return x, x if self.downsample is None else self.downsample(x)
 
     def run(self, block: nn.Module, tokens: Tensor) -> Tensor:

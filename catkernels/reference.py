@@ -55,7 +55,7 @@ def ipsa_attention(
     if bias_table is not None:
         scores = scores + relative_position_bias(bias_table, patch_size)
     attention = scores.softmax(-1).to(value.dtype)
-    output = F.dropout(attention, dropout_p) @ value  # (B, windows, heads, N*N, D)
+    output = _drop(attention, dropout_p) @ value  # (B, windows, heads, N*N, D)
 
     output = output.transpose(2, 3).reshape(*windows.shape[:2], tokens, channels)
     output = from_windows(output, patch_size, *padded.shape[1:3])[:, :height, :width]
@@ -121,9 +121,14 @@ def cpsa_with_layers(
     padded = pad_to_patches(x, patch_size)
     query, key, value = qkv(to_patches(padded, patch_size)).chunk(3, -1)  # each (B, C, P, N*N)
     attention = ((query * scale) @ key.transpose(-2, -1)).softmax(-1).to(value.dtype)
-    output = proj(F.dropout(attention, dropout_p) @ value)
+    output = proj(_drop(attention, dropout_p) @ value)
     output = from_patches(output, patch_size, *padded.shape[1:3])[:, :height, :width]
     return (output, attention) if return_attention else output
+
+
+def _drop(attention: Tensor, dropout_p: float) -> Tensor:
+    # by no operator where nothing is dropped: an exported one would say that it trains
+    return F.dropout(attention, dropout_p) if dropout_p else attention
 
 
 def fold_weights(
@@ -173,6 +178,11 @@ def relative_position_bias(bias_table: Tensor, patch_size: int) -> Tensor:
     return bias_table[relative_position_index(patch_size, bias_table.device)].permute(2, 0, 1)
 
 
+def num_patches(height: int, width: int, patch_size: int) -> int:
+    """P, the patches (or windows) of a map whose sides are padded to multiples of N."""
+    return -(-height // patch_size) * -(-width // patch_size)
+
+
 def pad_to_patches(x: Tensor, patch_size: int, fill: Tensor | None = None) -> Tensor:
     """Pad (B, H, W, C) at the bottom and right to multiples of N with ``fill`` (C,) or zeros."""
     height, width = x.shape[1:3]
@@ -185,6 +195,12 @@ def pad_to_patches(x: Tensor, patch_size: int, fill: Tensor | None = None) -> Te
     inside_y = torch.arange(height + bottom, device=x.device) < height
     inside_x = torch.arange(width + right, device=x.device) < width
     return torch.where((inside_y[:, None] & inside_x)[..., None], padded, fill.to(x.dtype))
+
+
+def to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, H*W, C) -> (B, H, W, C)."""
+    # no `unflatten`, nor `movedim` below: in a trace they are not what ONNX takes them for
+    return tokens.reshape(tokens.shape[0], height, width, tokens.shape[2])
 
 
 def to_windows(x: Tensor, patch_size: int) -> Tensor:
@@ -202,12 +218,12 @@ def from_windows(windows: Tensor, patch_size: int, height: int, width: int) -> T
 
 def to_patches(x: Tensor, patch_size: int) -> Tensor:
     """(B, H, W, C) -> (B, C, P, N*N): each channel's patches, their pixels row-major."""
-    return split_patches(x, patch_size).movedim(-1, 1).flatten(4, 5).flatten(2, 3)
+    return split_patches(x, patch_size).permute(0, 5, 1, 2, 3, 4).flatten(4, 5).flatten(2, 3)
 
 
 def from_patches(patches: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """The inverse of `to_patches`: (B, C, P, N*N) -> (B, H, W, C)."""
-    return from_windows(patches.movedim(1, -1), patch_size, height, width)
+    return from_windows(patches.permute(0, 2, 3, 1), patch_size, height, width)
 
 
 def split_patches(x: Tensor, patch_size: int) -> Tensor:
