@@ -13,8 +13,8 @@ import catkernels
 from benchmarks import attention, harness
 from benchmarks.roofline import cpsa_backward_work, cpsa_forward_work
 from catkernels import official
+from catkernels.arguments import Backend
 from catkernels.cases import Shape, make_cpsa_inputs
-from catkernels.functional import Backend
 from catkernels.reference import from_patches, pad_to_patches, to_patches
 
 Inputs = dict[str, Tensor]

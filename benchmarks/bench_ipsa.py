@@ -19,8 +19,8 @@ from benchmarks import attention, harness
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import ipsa_backward_work, ipsa_forward_work
 from catkernels import official
+from catkernels.arguments import Backend
 from catkernels.cases import Shape, make_ipsa_inputs
-from catkernels.functional import Backend
 from catkernels.reference import pad_to_patches, relative_position_bias
 
 Inputs = dict[str, Tensor]

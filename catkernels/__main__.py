@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import torch
 
 import catkernels
+from catkernels.arguments import BACKENDS
 from catkernels.commands.models import MODELS
-from catkernels.functional import BACKENDS
 from catkernels.ops import cpsa, ipsa
 from catkernels.torch_state.device import KERNEL_DEVICES, interpreting
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from catkernels.functional import Backend, check_backend
+from catkernels.arguments import Backend, check_backend
 from catkernels.modules import CPSA, IPSA
 from catkernels.parts import AttentionParts, has_official_parts
 from catkernels.torch_state.hooks import is_intercepted, share_hooks

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from catkernels import reference
 from catkernels.adopted import StandIn
-from catkernels.functional import Backend, check_patch_size, check_probability
+from catkernels.arguments import Backend, check_patch_size, check_probability
 from catkernels.modules import (
     CPSA,
     IPSA,

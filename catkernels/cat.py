@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
 from catkernels.block import CATBlock
-from catkernels.functional import Backend, check_backend, check_patch_size, check_probability
 from catkernels.reference import to_map
 
 # The paper's models (table 1 and the official configurations), as arguments of `CAT`.

@@ -1,4 +1,4 @@
-"""Both attentions as functions: arguments are checked and the backend chosen here.
+"""Both attentions as functions: their arguments are checked, and the backend is chosen here.
 
 ``backend="triton"`` runs the kernels or raises with every reason why it cannot.
 ``backend="reference"`` runs `catkernels.reference`, or on a CPU without gradients `catkernels.cpu`,
@@ -9,20 +9,68 @@ can serve and the reference elsewhere; `unsupported_reasons` says why a call wou
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from catkernels import cpu, reference
+from catkernels.arguments import (
+    Backend,
+    check_backend,
+    check_cpsa,
+    check_ipsa,
+    check_patch_size,
+)
 from catkernels.ops import cpsa, ipsa
 from catkernels.torch_state import transforms
-from catkernels.torch_state.precision import autocast_is_on, compute_dtype
+from catkernels.torch_state.precision import compute_dtype
 
-Backend = Literal["auto", "triton", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "triton", "reference")
+
+@overload
+def ipsa_attention(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    *,
+    num_heads: int,
+    patch_size: int | tuple[int, int],
+    scale: float | None = ...,
+    qkv_bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_attention: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def ipsa_attention(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    *,
+    num_heads: int,
+    patch_size: int | tuple[int, int],
+    scale: float | None = ...,
+    qkv_bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_attention: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def ipsa_attention(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    *,
+    num_heads: int,
+    patch_size: int | tuple[int, int],
+    scale: float | None = ...,
+    qkv_bias: Tensor | None = ...,
+    dropout_p: float = ...,
+    return_attention: bool,
+    backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def ipsa_attention(
@@ -68,8 +116,10 @@ def ipsa_attention(
         ValueError: an argument has the wrong shape, device or value, or ``backend="triton"``
             cannot serve the call.
     """
-    patch_size = check_patch_size(patch_size)
-    _check_ipsa(
+    qkv = transforms.known_to_need_grad(qkv)
+    bias_table = transforms.known_to_need_grad(bias_table)
+    qkv_bias = transforms.known_to_need_grad(qkv_bias)
+    reasons = _ipsa_reasons(
         qkv,
         bias_table,
         num_heads=num_heads,
@@ -77,38 +127,91 @@ def ipsa_attention(
         scale=scale,
         qkv_bias=qkv_bias,
         dropout_p=dropout_p,
+        return_attention=return_attention,
+        backend=backend,
     )
-    qkv, bias_table, qkv_bias = transforms.known_to_need_grad(qkv, bias_table, qkv_bias)
+    side = check_patch_size(patch_size)
     # as autocast does for scaled_dot_product_attention: what arrives in float32 leaves in half
     qkv = qkv.to(compute_dtype(qkv))
-    reasons = _ipsa_reasons(
-        qkv,
-        bias_table,
-        num_heads=num_heads,
-        patch_size=patch_size,
-        qkv_bias=qkv_bias,
-        return_attention=return_attention,
-    )
-    if _runs_kernels("ipsa_attention", backend, qkv.device, reasons):
+    if _choose_kernels("ipsa_attention", backend, qkv.device, reasons):
         return ipsa.ipsa_attention(
             qkv,
             bias_table,
             qkv_bias,
             num_heads=num_heads,
-            patch_size=patch_size,
+            patch_size=side,
             scale=(qkv.shape[-1] // 3 // num_heads) ** -0.5 if scale is None else scale,
             dropout_p=dropout_p,
         )
-    options = {
-        "num_heads": num_heads,
-        "patch_size": patch_size,
-        "scale": scale,
-        "qkv_bias": qkv_bias,
-    }
-    extras = {"dropout_p": dropout_p, "return_attention": return_attention}
-    if cpu.serves(qkv, bias_table, qkv_bias, **extras):
-        return cpu.ipsa_attention(qkv, bias_table, **options)
-    return reference.ipsa_attention(qkv, bias_table, **options, **extras)
+    if cpu.serves(
+        qkv, bias_table, qkv_bias, dropout_p=dropout_p, return_attention=return_attention
+    ):
+        return cpu.ipsa_attention(
+            qkv,
+            bias_table,
+            num_heads=num_heads,
+            patch_size=side,
+            scale=scale,
+            qkv_bias=qkv_bias,
+        )
+    return reference.ipsa_attention(
+        qkv,
+        bias_table,
+        num_heads=num_heads,
+        patch_size=side,
+        scale=scale,
+        qkv_bias=qkv_bias,
+        dropout_p=dropout_p,
+        return_attention=return_attention,
+    )
+
+
+@overload
+def cpsa_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    patch_size: int | tuple[int, int],
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_attention: Literal[False] = ...,
+    backend: Backend = ...,
+) -> Tensor: ...
+
+
+@overload
+def cpsa_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    patch_size: int | tuple[int, int],
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_attention: Literal[True],
+    backend: Backend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def cpsa_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    patch_size: int | tuple[int, int],
+    scale: float | None = ...,
+    dropout_p: float = ...,
+    return_attention: bool,
+    backend: Backend = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def cpsa_attention(
@@ -153,27 +256,41 @@ def cpsa_attention(
         ValueError: an argument has the wrong shape, device or value, or ``backend="triton"``
             cannot serve the call.
     """
-    patch_size = check_patch_size(patch_size)
-    arguments = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    _check_cpsa(*arguments, patch_size=patch_size, scale=scale, dropout_p=dropout_p)
-    arguments = transforms.known_to_need_grad(*arguments)
-    reasons = _cpsa_reasons(*arguments, patch_size=patch_size, return_attention=return_attention)
-    if _runs_kernels("cpsa_attention", backend, x.device, reasons):
+    x = transforms.known_to_need_grad(x)
+    qkv_weight = transforms.known_to_need_grad(qkv_weight)
+    qkv_bias = transforms.known_to_need_grad(qkv_bias)
+    proj_weight = transforms.known_to_need_grad(proj_weight)
+    proj_bias = transforms.known_to_need_grad(proj_bias)
+    tensors = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    reasons = _cpsa_reasons(
+        *tensors,
+        patch_size=patch_size,
+        scale=scale,
+        dropout_p=dropout_p,
+        return_attention=return_attention,
+        backend=backend,
+    )
+    side = check_patch_size(patch_size)
+    if _choose_kernels("cpsa_attention", backend, x.device, reasons):
         return cpsa.cpsa_attention(
-            *arguments,
-            patch_size=patch_size,
-            scale=1 / patch_size if scale is None else scale,
+            *tensors,
+            patch_size=side,
+            scale=1 / side if scale is None else scale,
             dropout_p=dropout_p,
             dtype=compute_dtype(x),
         )
-    options = {"patch_size": patch_size, "scale": scale}
-    extras = {"dropout_p": dropout_p, "return_attention": return_attention}
-    if cpu.serves(*arguments, **extras):
-        return cpu.cpsa_attention(*arguments, **options)
-    return reference.cpsa_attention(*arguments, **options, **extras)
+    if cpu.serves(*tensors, dropout_p=dropout_p, return_attention=return_attention):
+        return cpu.cpsa_attention(*tensors, patch_size=side, scale=scale)
+    return reference.cpsa_attention(
+        *tensors,
+        patch_size=side,
+        scale=scale,
+        dropout_p=dropout_p,
+        return_attention=return_attention,
+    )
 
 
-def unsupported_reasons(attention: Callable, *args, **kwargs) -> list[str]:
+def unsupported_reasons(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
     """Why the Triton kernels cannot serve the call ``attention(*args, **kwargs)``.
 
     Args:
@@ -188,27 +305,10 @@ def unsupported_reasons(attention: Callable, *args, **kwargs) -> list[str]:
     """
     if attention not in (ipsa_attention, cpsa_attention):
         raise ValueError(f"attention must be ipsa_attention or cpsa_attention, got {attention!r}")
-    inspect.signature(attention).bind(*args, **kwargs)
-    is_ipsa = attention is ipsa_attention
-    check, explain = (_check_ipsa, _ipsa_reasons) if is_ipsa else (_check_cpsa, _cpsa_reasons)
-    check(*args, **kwargs)
-    return explain(*args, **kwargs)
-
-
-def check_patch_size(patch_size: int | tuple[int, int]) -> int:
-    """N from an N or an (N, N)."""
-    sides = tuple(patch_size) if isinstance(patch_size, Sequence) else (patch_size, patch_size)
-    whole = all(isinstance(side, Integral) for side in sides)
-    if not whole or len(sides) != 2 or sides[0] != sides[1] or sides[0] < 1:
-        raise ValueError(f"patch_size must be N or (N, N) with an integer N >= 1, got {patch_size}")
-    return int(sides[0])
-
-
-def check_backend(backend: str) -> Backend:
-    """``backend`` itself, where it is one."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return backend
+    call = inspect.signature(attention).bind(*args, **kwargs)
+    call.apply_defaults()
+    reasons = _ipsa_reasons if attention is ipsa_attention else _cpsa_reasons
+    return reasons(**call.arguments)
 
 
 def ipsa_runs_kernels(x: Tensor, *, head_dim: int, patch_size: int, backend: Backend) -> bool:
@@ -218,74 +318,17 @@ def ipsa_runs_kernels(x: Tensor, *, head_dim: int, patch_size: int, backend: Bac
         ValueError: ``backend="triton"`` cannot serve the call.
     """
     reasons = _ipsa_kernel_reasons(x, head_dim, patch_size, torch.is_grad_enabled())
-    return _runs_kernels("ipsa_attention", backend, x.device, reasons)
+    return _choose_kernels("ipsa_attention", backend, x.device, reasons)
 
 
-def check_probability(name: str, probability: float) -> float:
-    """``probability`` itself, where something may be dropped with it."""
-    if not 0 <= probability < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {probability}")
-    return probability
-
-
-def _ipsa_reasons(
-    qkv, bias_table, *, num_heads, patch_size, qkv_bias=None, return_attention=False, **_
-) -> list[str]:
-    head_dim = qkv.shape[-1] // 3 // num_heads
-    needs_grad = _needs_grad(qkv, bias_table, qkv_bias)
-    reasons = _ipsa_kernel_reasons(qkv, head_dim, check_patch_size(patch_size), needs_grad)
-    return reasons + _attention_map_reasons(return_attention)
-
-
-def _ipsa_kernel_reasons(x, head_dim: int, patch_size: int, needs_grad: bool) -> list[str]:
-    """Why the kernels cannot serve IPSA of a map with the device and dtype of ``x``."""
-    reasons = ipsa.unsupported_reasons(
-        device=x.device, dtype=compute_dtype(x), head_dim=head_dim, patch_size=patch_size
-    )
-    return reasons + _transform_reasons(needs_grad)
-
-
-def _cpsa_reasons(
-    x,
-    qkv_weight,
-    qkv_bias,
-    proj_weight,
-    proj_bias,
-    *,
-    patch_size,
-    return_attention=False,
-    **_,
-) -> list[str]:
-    patch_size = check_patch_size(patch_size)
-    needs_grad = _needs_grad(x, qkv_weight, qkv_bias, proj_weight, proj_bias)
-    reasons = cpsa.unsupported_reasons(
-        device=x.device,
-        dtype=compute_dtype(x),
-        patch_size=patch_size,
-        num_patches=-(-x.shape[1] // patch_size) * -(-x.shape[2] // patch_size),
-        needs_grad=needs_grad,
-    )
-    reasons += _transform_reasons(needs_grad)
-    return reasons + _attention_map_reasons(return_attention)
-
-
-def _transform_reasons(needs_grad: bool) -> list[str]:
-    reasons = []
-    if transforms.is_forward_mode():
-        reasons.append("forward-mode differentiation: the kernels only have a backward pass")
-    if needs_grad and transforms.is_vmap():
-        reasons.append("gradients under torch.func.vmap: the kernels' have no batching rule")
-    return reasons
-
-
-def _attention_map_reasons(return_attention: bool) -> list[str]:
-    return ["return_attention: the kernels never write the weights"] if return_attention else []
-
-
-def _runs_kernels(
+def _choose_kernels(
     function: str, backend: Backend, device: torch.device, reasons: list[str]
 ) -> bool:
-    """Whether the kernels serve a call; on a CPU they only do on request, since it interprets."""
+    """Whether the kernels serve a call; on a CPU they only do on request, since it interprets.
+
+    Raises:
+        ValueError: there is no such backend, or reasons against the one that was asked for.
+    """
     if check_backend(backend) == "triton" and reasons:
         raise ValueError(
             f"{function} cannot use backend='triton': {'; '.join(reasons)}. "
@@ -294,95 +337,79 @@ def _runs_kernels(
     return backend == "triton" or (backend == "auto" and device.type != "cpu" and not reasons)
 
 
-def _check_ipsa(
-    qkv,
-    bias_table,
+def _ipsa_reasons(
+    qkv: Tensor,
+    bias_table: Tensor | None,
     *,
-    num_heads,
-    patch_size,
-    scale=None,
-    qkv_bias=None,
-    dropout_p=0.0,
-    **_,
-) -> None:
-    patch_size = check_patch_size(patch_size)
-    _check_tensor("qkv", qkv, "(B, H, W, 3C)", (None, None, None, None))
-    channels = qkv.shape[-1] // 3
-    _check_number("num_heads", num_heads, int)
-    if num_heads < 1 or channels < 1 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(
-            "qkv must be (B, H, W, 3C), the queries, keys and values of a map of C channels, and C "
-            f"a multiple of num_heads={num_heads}, got {qkv.shape[-1]} channels"
-        )
-    if bias_table is not None:
-        sizes = ((2 * patch_size - 1) ** 2, num_heads)
-        _check_tensor("bias_table", bias_table, "((2N - 1)**2, heads)", sizes, like=qkv)
-    if qkv_bias is not None:
-        axes = "(3C,) where qkv is (B, H, W, 3C)"
-        _check_tensor("qkv_bias", qkv_bias, axes, (3 * channels,), like=qkv)
-    _check_scale_and_dropout(scale, dropout_p)
+    num_heads: int,
+    patch_size: int | tuple[int, int],
+    scale: float | None,
+    qkv_bias: Tensor | None,
+    dropout_p: float,
+    return_attention: bool,
+    backend: Backend,
+) -> list[str]:
+    """Why the kernels cannot serve a call; what no backend could serve is raised."""
+    check_backend(backend)
+    side = check_patch_size(patch_size)
+    check_ipsa(
+        qkv,
+        bias_table,
+        num_heads=num_heads,
+        patch_size=side,
+        scale=scale,
+        qkv_bias=qkv_bias,
+        dropout_p=dropout_p,
+    )
+    head_dim = qkv.shape[-1] // 3 // num_heads
+    reasons = _ipsa_kernel_reasons(qkv, head_dim, side, _needs_grad(qkv, bias_table, qkv_bias))
+    return reasons + _attention_map_reasons(return_attention)
 
 
-def _check_cpsa(
-    x, qkv_weight, qkv_bias, proj_weight, proj_bias, *, patch_size, scale=None, dropout_p=0.0, **_
-) -> None:
-    pixels = check_patch_size(patch_size) ** 2
-    _check_tensor("x", x, "(B, H, W, C)", (None, None, None, None))
-    weights = {
-        "qkv_weight": (qkv_weight, "(3 N*N, N*N)", (3 * pixels, pixels)),
-        "qkv_bias": (qkv_bias, "(3 N*N,)", (3 * pixels,)),
-        "proj_weight": (proj_weight, "(N*N, N*N)", (pixels, pixels)),
-        "proj_bias": (proj_bias, "(N*N,)", (pixels,)),
-    }
-    for name, (weight, axes, sizes) in weights.items():
-        if weight is None and name.endswith("bias"):
-            continue
-        _check_tensor(name, weight, axes, sizes, like=x)
-        if weight.dtype != x.dtype and (
-            torch.float64 in (weight.dtype, x.dtype) or not autocast_is_on(x.device)
-        ):
-            raise TypeError(
-                f"{name} is {weight.dtype} but x is {x.dtype}: give them one dtype or use autocast"
-            )
-    _check_scale_and_dropout(scale, dropout_p)
+def _ipsa_kernel_reasons(x: Tensor, head_dim: int, patch_size: int, needs_grad: bool) -> list[str]:
+    """Why the kernels cannot serve IPSA of a map with the device and dtype of ``x``."""
+    reasons = ipsa.unsupported_reasons(
+        device=x.device, dtype=compute_dtype(x), head_dim=head_dim, patch_size=patch_size
+    )
+    return reasons + transforms.transform_reasons(needs_grad)
+
+
+def _cpsa_reasons(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    *,
+    patch_size: int | tuple[int, int],
+    scale: float | None,
+    dropout_p: float,
+    return_attention: bool,
+    backend: Backend,
+) -> list[str]:
+    """Why the kernels cannot serve a call; what no backend could serve is raised."""
+    check_backend(backend)
+    side = check_patch_size(patch_size)
+    tensors = (x, qkv_weight, qkv_bias, proj_weight, proj_bias)
+    check_cpsa(*tensors, patch_size=side, scale=scale, dropout_p=dropout_p)
+    needs_grad = _needs_grad(*tensors)
+    reasons = cpsa.unsupported_reasons(
+        device=x.device,
+        dtype=compute_dtype(x),
+        patch_size=side,
+        num_patches=reference.num_patches(x.shape[1], x.shape[2], side),
+        needs_grad=needs_grad,
+    )
+    return (
+        reasons
+        + transforms.transform_reasons(needs_grad)
+        + _attention_map_reasons(return_attention)
+    )
+
+
+def _attention_map_reasons(return_attention: bool) -> list[str]:
+    return ["return_attention: the kernels never write the weights"] if return_attention else []
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _check_tensor(
-    name: str,
-    tensor: Tensor,
-    axes: str,
-    sizes: Sequence[int | None],
-    like: Tensor | None = None,
-) -> None:
-    """Raise unless ``tensor`` is floating, has these sizes (None: any) and is where ``like`` is."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    wrong = len(tensor.shape) != len(sizes) or any(
-        size is not None and actual != size
-        for actual, size in zip(tensor.shape, sizes, strict=True)
-    )
-    if wrong:
-        needed = "" if None in sizes else f" = {tuple(sizes)}"
-        raise ValueError(f"{name} must be {axes}{needed}, got {tuple(tensor.shape)}")
-    if like is not None and tensor.device != like.device:
-        raise ValueError(
-            f"{name} is on {tensor.device} but the map is on {like.device}: move both to one device"
-        )
-
-
-def _check_scale_and_dropout(scale: float | None, dropout_p: float) -> None:
-    if scale is not None:
-        _check_number("scale", scale, float)
-    _check_number("dropout_p", dropout_p, float)
-    check_probability("dropout_p", dropout_p)
-
-
-def _check_number(name: str, value: float, kind: type) -> None:
-    if not isinstance(value, (int, kind)):
-        raise TypeError(f"{name} must be {kind.__name__}, got {type(value).__name__}")

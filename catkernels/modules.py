@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from catkernels import cpu, reference
-from catkernels.functional import (
-    Backend,
-    check_backend,
-    check_patch_size,
-    check_probability,
-    cpsa_attention,
-    ipsa_attention,
-    ipsa_runs_kernels,
-)
+from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
+from catkernels.functional import cpsa_attention, ipsa_attention, ipsa_runs_kernels
 from catkernels.ops.norm_linear import norm_linear
 from catkernels.parts import AttentionParts
 from catkernels.torch_state.hooks import is_intercepted

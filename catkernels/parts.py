@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from catkernels.functional import check_patch_size
+from catkernels.arguments import check_patch_size
 from catkernels.torch_state.hooks import is_intercepted
 
 

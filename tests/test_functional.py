@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import catkernels
-from catkernels import functional, reference
+from catkernels import reference
 from catkernels.accuracy import assert_within_error_budget
+from catkernels.arguments import check_patch_size
 from catkernels.cases import Shape, make_cpsa_inputs, make_ipsa_inputs
 
 SHAPE = Shape("padded", batch=2, height=9, width=16, channels=12, num_heads=3)
@@ -202,9 +203,8 @@ def test_ipsa_errors_name_the_argument(case):
     arguments = {**make_ipsa_inputs(SHAPE), "num_heads": 3, "patch_size": 7} | change
     with pytest.raises(kind, match=message):
         catkernels.ipsa_attention(**arguments)
-    if case != "backend":
-        with pytest.raises(kind, match=message):
-            catkernels.unsupported_reasons(catkernels.ipsa_attention, **arguments)
+    with pytest.raises(kind, match=message):
+        catkernels.unsupported_reasons(catkernels.ipsa_attention, **arguments)
 
 
 CPSA_ERRORS = {
@@ -239,9 +239,8 @@ def test_cpsa_errors_name_the_argument(case):
     arguments = {**make_cpsa_inputs(SHAPE), "patch_size": 7} | change
     with pytest.raises(kind, match=message):
         catkernels.cpsa_attention(**arguments)
-    if case != "backend":
-        with pytest.raises(kind, match=message):
-            catkernels.unsupported_reasons(catkernels.cpsa_attention, **arguments)
+    with pytest.raises(kind, match=message):
+        catkernels.unsupported_reasons(catkernels.cpsa_attention, **arguments)
 
 
 def test_that_there_is_no_bias_table_must_be_said():
@@ -267,4 +266,4 @@ def test_patch_size_as_a_pair():
     inputs = make_ipsa_inputs(SHAPE)
     pair = catkernels.ipsa_attention(**inputs, num_heads=3, patch_size=(7, 7))
     assert torch.equal(pair, ipsa(inputs))
-    assert functional.check_patch_size([5, 5]) == 5
+    assert check_patch_size([5, 5]) == 5

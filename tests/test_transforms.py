@@ -42,12 +42,12 @@ eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["ea
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Let "auto" choose the kernels wherever they can serve, interpreted ones as well."""
-    choose = functional._runs_kernels
+    choose = functional._choose_kernels
 
     def chosen(function, backend, device, reasons):
         return choose(function, backend, torch.device("cuda"), reasons)
 
-    monkeypatch.setattr(functional, "_runs_kernels", chosen)
+    monkeypatch.setattr(functional, "_choose_kernels", chosen)
 
 
 def make_call(name: str, device: torch.device, dtype: torch.dtype = torch.float32):

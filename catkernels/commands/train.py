@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from catkernels.arguments import Backend
 from catkernels.cat import CAT
 from catkernels.commands.models import MODELS, Checkpoint, default_size, read_checkpoint
-from catkernels.functional import Backend
 from catkernels.training.data import ImageData, digits_data, folder_data
 from catkernels.training.processes import joined_processes
 from catkernels.training.recipe import Recipe

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from catkernels.arguments import Backend, check_backend
 from catkernels.block import CATBlock
-from catkernels.functional import Backend, check_backend
 from catkernels.parts import BlockParts
 from catkernels.patching.recognise import (
     always_checkpoints,

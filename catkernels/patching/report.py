@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from catkernels.adopted import ours_within
+from catkernels.arguments import Backend
 from catkernels.block import CATBlock
-from catkernels.functional import Backend
 from catkernels.ops import cpsa, ipsa
 from catkernels.parts import AttentionParts, BlockParts
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def is_transformed() -> bool:
@@ -30,12 +34,22 @@ for _question in (is_transformed, is_forward_mode, is_vmap):
     _question._dynamo_marked_constant = True
 
 
-def known_to_need_grad(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, such that ``requires_grad`` of each is true to what is differentiated.
+def transform_reasons(needs_grad: bool) -> list[str]:
+    """Why kernels with no more than a backward pass cannot serve here; empty where they can."""
+    reasons = []
+    if is_forward_mode():
+        reasons.append("forward-mode differentiation: the kernels only have a backward pass")
+    if needs_grad and is_vmap():
+        reasons.append("gradients under torch.func.vmap: the kernels' have no batching rule")
+    return reasons
+
+
+def known_to_need_grad(tensor: MaybeTensor) -> MaybeTensor:
+    """The tensor, if any, such that its ``requires_grad`` is true to what is differentiated.
 
     Compiled, the very arguments of `torch.func.grad` deny that they need a gradient, and so would
     silently get zero; what is made of them says the truth.
     """
-    if torch.compiler.is_dynamo_compiling() and is_transformed():
-        return tuple(None if tensor is None else tensor.view_as(tensor) for tensor in tensors)
-    return tensors
+    if isinstance(tensor, Tensor) and torch.compiler.is_dynamo_compiling() and is_transformed():
+        return tensor.view_as(tensor)
+    return tensor
