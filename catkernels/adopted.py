@@ -60,12 +60,17 @@ class StandIn(nn.Module):
         """Whether this block stands in the place of another one."""
         return "_adopted" in vars(self)
 
-    def release(self) -> nn.Module:
-        """The block that `adopt` took over, with what this one now is.
+    @property
+    def original(self) -> nn.Module:
+        """The block that `adopt` took over."""
+        return self._adopted[0]
+
+    def release(self) -> None:
+        """Let `original` be what this block now is.
 
         That is its children, parameters and buffers, whenever they came, its mode, H and W.
         """
-        (block,) = self._adopted
+        block = self.original
         block.training = self.training
         self.backend = self._former_backend
         share_hooks(self, block)
@@ -73,7 +78,6 @@ class StandIn(nn.Module):
             getattr(block, registry).update(getattr(self, registry))
         for name in _MAP_SIZE & vars(block).keys():
             setattr(block, name, getattr(self, name))
-        return block
 
     @property
     def backend(self) -> Backend:
@@ -117,7 +121,7 @@ class StandIn(nn.Module):
         except AttributeError:
             if not self.is_adopted or name.startswith("__"):
                 raise
-            return getattr(self._adopted[0], name)
+            return getattr(self.original, name)
 
 
 def ours_within(attn: nn.Module) -> Iterator[IPSA | CPSA]:

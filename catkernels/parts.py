@@ -93,7 +93,7 @@ class BlockParts:
         patch_size: N, or what else the block says.
         side: N, or None where the patches are no squares.
         map_size: H and W of the map that tokens are, or None where it is not known.
-        channels: C, or None where there is no norm that says.
+        channels: C, or None where nothing says it.
         num_heads: heads, or None.
         attn: the attention.
     """
@@ -112,12 +112,13 @@ class BlockParts:
         patch_size = getattr(block, "patch_size", "?")
         norm = block._modules.get("norm1")
         weight = None if norm is None else next(norm.parameters(), None)
+        channels = getattr(block, "dim", None if weight is None else len(weight))
         return cls(
             attn_type=getattr(block, "attn_type", "?"),
             patch_size=patch_size,
             side=patch_side(patch_size),
             map_size=map_size(block),
-            channels=None if weight is None else len(weight),
+            channels=channels,
             num_heads=getattr(block.attn, "num_heads", None),
             attn=block.attn,
         )

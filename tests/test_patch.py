@@ -242,6 +242,37 @@ def test_a_model_without_cat_blocks_raises_and_is_unchanged():
     assert list(model.modules()) == modules
 
 
+class Sealed(nn.ModuleList):
+    """A holder that lets nobody put anything into it."""
+
+    def __setattr__(self, name, value):
+        if name == "0" and name in self._modules:
+            raise AttributeError("sealed")
+        super().__setattr__(name, value)
+
+
+def test_patch_and_unpatch_change_nothing_where_they_fail():
+    model, images = build()
+    model.eval()
+    model.layers[1].cpsa_blocks.__class__ = Sealed
+    modules, expected = list(model.modules()), run(model, images)
+    with pytest.raises(AttributeError, match="sealed"):
+        patch(model)
+    assert list(model.modules()) == modules
+    assert torch.equal(run(model, images)[0], expected[0])
+
+    model.layers[1].cpsa_blocks.__class__ = nn.ModuleList
+    patch(model)
+    modules, expected = list(model.modules()), run(model, images)
+    model.layers[1].cpsa_blocks.__class__ = Sealed
+    with pytest.raises(AttributeError, match="sealed"):
+        unpatch(model)
+    assert list(model.modules()) == modules
+    assert torch.equal(run(model, images)[0], expected[0])
+    model.layers[1].cpsa_blocks.__class__ = nn.ModuleList
+    assert len(unpatch(model)) == 6
+
+
 def test_a_block_alone_cannot_be_patched():
     with pytest.raises(ValueError, match="it is the model itself"):
         patch(build()[0].layers[0].cpsa_blocks[0])
@@ -286,15 +317,37 @@ def test_the_report_of_maps_of_any_size_promises_no_kernels_that_may_not_serve(m
     assert "more than one patch in float32" in report.blocks[1].reason
 
 
-def test_the_report_prints_as_a_table():
+def test_the_report_prints_equal_rows_once():
     model, _ = build()
-    text = str(patch(model))
-    header, *rows, counts = text.splitlines()
-    assert header.split() == ["block", "action", "kind", "shape", "backend", "reason"]
-    assert len(rows) == 6
-    assert rows[1].startswith("layers.0.cpsa_blocks.0")
-    assert "14x14x12 N=7 heads=1" in rows[1]
-    assert counts == "6 swapped, 0 already served, 0 left alone"
+    # a block that stands for itself
+    model.layers[0].cpsa_blocks[0].gamma = nn.Parameter(torch.ones(1))
+    report = patch(model, backend="reference")
+    text = str(report)
+    assert text.splitlines()[0] == "4 blocks: ipsa, swapped, served by reference"
+    assert "\n1 block: cpsa, left alone\n  the block has parts unknown here: gamma\n" in text
+    assert "\n  14x14x12 N=7 heads=3: layers.0.pre_ipsa_blocks.0, layers.0.post_ipsa" in text
+    assert "\n5 swapped, 0 already served, 1 left alone\n" in text
+    assert text.count("asked for") == 2
+    assert all(text.count(row.name) == 1 for row in report.blocks)
+
+
+def test_the_report_says_what_was_compared():
+    model, _ = build()
+    report = patch(model)
+    assert 0 < report.difference == max(row.difference for row in report.blocks) < 1e-12
+    assert f"compared, largest difference {report.difference:.0e}: " in str(report)
+    assert "compared" not in str(patch(model))
+    unpatch(model)
+    report = patch(model, compare=False)
+    assert report.difference is None
+    assert "not compared: what has the structure of CAT was trusted" in str(report)
+
+
+def test_the_report_fits_a_terminal():
+    model = official.CAT(depths=(1, 1, 3, 1), checkpoint_always=True)
+    text = str(patch(model, compare=False))
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.startswith("12 blocks: ")
 
 
 def test_moving_and_casting_a_patched_model():

@@ -13,18 +13,22 @@ from torch import nn
 
 from catkernels.arguments import Backend, check_backend
 from catkernels.block import CATBlock
-from catkernels.parts import BlockParts
+from catkernels.patching.compare import compare_with_ours
 from catkernels.patching.recognise import (
     always_checkpoints,
     is_sharded,
     reasons_to_leave_alone,
     resembles_block,
 )
-from catkernels.patching.report import BlockReport, PatchReport, serving, shape
+from catkernels.patching.report import PatchReport, report_block
 
 
-def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
+def patch(model: nn.Module, *, backend: Backend = "auto", compare: bool = True) -> PatchReport:
     """Replace every CAT block in ``model``, in place, by a `CATBlock` with the same children.
+
+    A block is swapped only where ours computes the same: copies of both, with random weights, are
+    run on the CPU in float64 before anything is changed. Their outputs and gradients may differ by
+    1e-4 of their size; the report says by how much they did.
 
     Parameters, buffers, hooks, state_dict keys, train/eval mode and other instances of the model's
     classes stay untouched. Blocks of ours, patched earlier or of a `catkernels.CAT`, are kept and
@@ -34,6 +38,8 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
     Args:
         model: any module that contains CAT blocks: official, downstream copy, wrapped in DDP.
         backend: "auto", "triton" or "reference"; see `catkernels.functional`.
+        compare: whether to run the blocks; without it a block that has CAT's structure is trusted
+            to compute what CAT's does.
 
     Returns:
         A report, which prints as a table.
@@ -44,35 +50,37 @@ def patch(model: nn.Module, *, backend: Backend = "auto") -> PatchReport:
     """
     check_backend(backend)
     _check_model(model)
-    reports, served, swaps = [], [], {}
-    for name, module, parent in _modules_with_parent(model):
-        if isinstance(module, CATBlock):
-            served.append(module)
-            action, reasons = "already served", []
-        elif resembles_block(module):
-            reasons = reasons_to_leave_alone(module, parent)
-            action = "left alone" if reasons else "swapped"
-        else:
-            continue
-        if action == "swapped":
-            swaps[module] = CATBlock.adopt(module)
-        parts = BlockParts.of(module)
-        if action == "left alone":
-            served_by, why = "own", "; ".join(reasons)
-        else:
-            served_by, why = serving(swaps.get(module, module), backend)
-        reports.append(BlockReport(name, action, parts.attn_type, shape(parts), served_by, why))
-    if not swaps and not served:
-        found = "; ".join(f"{report.name}: {report.reason}" for report in reports)
+    found = [entry for entry in _modules_with_parent(model) if _is_block(entry[1])]
+    reasons = {
+        block: reasons_to_leave_alone(block, parent)
+        for _, block, parent in found
+        if not isinstance(block, CATBlock)
+    }
+    comparisons = {}
+    if compare:
+        comparisons = compare_with_ours(block for block, why in reasons.items() if not why)
+    for block, comparison in comparisons.items():
+        if comparison.reason:
+            reasons[block] = [comparison.reason]
+    swaps = {block: CATBlock.adopt(block) for block, why in reasons.items() if not why}
+    rows = []
+    for name, block, _ in found:
+        ours = block if isinstance(block, CATBlock) else swaps.get(block)
+        difference = comparisons[block].difference if block in comparisons else None
+        rows.append(report_block(name, block, ours, reasons.get(block, []), difference, backend))
+    report = PatchReport(tuple(rows), tuple(_notes(model)))
+    if len(report.left_alone) == len(rows):
+        left = "; ".join(f"{row.name}: {row.reason}" for row in rows)
         raise ValueError(
             "no CAT block to patch: a block has the children "
             f"{', '.join(CATBlock.CHILDREN)} and the attributes attn_type and patch_size. "
-            f"Left alone: {found or 'nothing resembled one'}"
+            f"Left alone: {left or 'nothing resembled one'}"
         )
     _replace(model, swaps)
-    for block in (*served, *swaps.values()):
-        block.backend = backend
-    return PatchReport(tuple(reports), tuple(_notes(model)))
+    for block in model.modules():
+        if isinstance(block, CATBlock):
+            block.backend = backend
+    return report
 
 
 def unpatch(model: nn.Module) -> list[str]:
@@ -100,8 +108,14 @@ def unpatch(model: nn.Module) -> list[str]:
         )
     if model in adopted.values():
         raise ValueError("the model is itself a patched block: unpatch the module that holds it")
-    _replace(model, {block: block.release() for block in adopted.values()})
+    _replace(model, {block: block.original for block in adopted.values()})
+    for block in adopted.values():
+        block.release()
     return list(adopted)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return isinstance(module, CATBlock) or resembles_block(module)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -120,15 +134,25 @@ def _modules_with_parent(
 
 
 def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
-    """Put ``swaps[module]`` wherever a module is held, shared ones in all their places."""
+    """Put ``swaps[module]`` wherever a module is held, shared ones in all their places.
+
+    Where one place refuses, none is changed.
+    """
     places = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
         if child in swaps
     ]
-    for parent, name, child in places:
-        setattr(parent, name, swaps[child])
+    done = []
+    try:
+        for parent, name, child in places:
+            setattr(parent, name, swaps[child])
+            done.append((parent, name, child))
+    except BaseException:
+        for parent, name, child in done:
+            setattr(parent, name, child)
+        raise
 
 
 def _notes(model: nn.Module) -> Iterator[str]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from catkernels.adopted import ours_within
 from catkernels.arguments import Backend
 from catkernels.block import CATBlock
 from catkernels.ops import cpsa, ipsa
 from catkernels.parts import AttentionParts, BlockParts
+
+# Columns of a printed report.
+WIDTH = 100
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class BlockReport:
             "reference", "own" for code of the model's own, or "raises" where "triton" was asked for
             in vain.
         reason: why it is not the kernels, or why the block was left alone.
+        difference: the largest relative difference from ours when both were compared, or None where
+            they were not.
     """
 
     name: str
@@ -34,6 +42,7 @@ class BlockReport:
     shape: str
     backend: str
     reason: str
+    difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,22 +70,70 @@ class PatchReport:
     def _names(self, action: str) -> list[str]:
         return [block.name for block in self.blocks if block.action == action]
 
+    @property
+    def difference(self) -> float | None:
+        """The largest of the blocks that were swapped, or None where none was compared."""
+        compared = [row.difference for row in self.blocks if row.action == "swapped"]
+        return max((difference for difference in compared if difference is not None), default=None)
+
     def __str__(self) -> str:
-        header = ("block", "action", "kind", "shape", "backend", "reason")
-        rows = [(b.name, b.action, b.kind, b.shape, b.backend, b.reason) for b in self.blocks]
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (header, *rows)
-        ]
-        counts = (
+        groups: dict[tuple[str, ...], list[BlockReport]] = {}
+        for row in self.blocks:
+            key = (row.kind, row.action, row.backend, row.reason)
+            groups.setdefault(key, []).append(row)
+        lines = [line for rows in groups.values() for line in _group(rows)]
+        lines.append(
             f"{len(self.swapped)} swapped, {len(self.already_served)} already served, "
             f"{len(self.left_alone)} left alone"
         )
-        return "\n".join([*lines, counts, *(f"note: {note}" for note in self.notes)])
+        if self.difference is not None:
+            lines.append(
+                f"compared, largest difference {self.difference:.0e}: outputs and gradients of "
+                "copies with random weights, in float64"
+            )
+        elif self.swapped:
+            lines.append("not compared: what has the structure of CAT was trusted to compute as it")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(
+            textwrap.fill(line, WIDTH, subsequent_indent="    ", break_long_words=False)
+            for line in lines
+        )
 
 
-def serving(block: CATBlock, backend: Backend) -> tuple[str, str]:
+def _group(rows: list[BlockReport]) -> Iterator[str]:
+    """What is said of blocks that differ in their names and shapes alone, a line a shape."""
+    first = rows[0]
+    served_by = {"own": "its own code"}.get(first.backend, first.backend)
+    serving = "" if first.action == "left alone" else f", served by {served_by}"
+    yield f"{len(rows)} block{'s'[: len(rows) > 1]}: {first.kind}, {first.action}{serving}"
+    if first.reason:
+        yield f"  {first.reason}"
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row.shape, []).append(row.name)
+    for shape, alike in names.items():
+        yield f"  {shape}: {', '.join(alike)}"
+
+
+def report_block(
+    name: str,
+    block: nn.Module,
+    ours: CATBlock | None,
+    reasons: list[str],
+    difference: float | None,
+    backend: Backend,
+) -> BlockReport:
+    """What is done with ``block``, in whose place ``ours`` stands or is to stand, or why none."""
+    parts = BlockParts.of(block)
+    if ours is None:
+        action, served_by, why = "left alone", "own", "; ".join(reasons)
+    else:
+        action = "already served" if ours is block else "swapped"
+        served_by, why = _serving(ours, backend)
+    return BlockReport(name, action, parts.attn_type, _shape(parts), served_by, why, difference)
+
+
+def _serving(block: CATBlock, backend: Backend) -> tuple[str, str]:
     """What serves a block of ours where its parameters are now, and why that is not the kernels."""
     ours, attn = next(ours_within(block.attn), None), block.read_attention()
     own_call = ""
@@ -120,7 +177,7 @@ def _why_called_itself(block: CATBlock) -> str:
     return f"its attention is in a {type(block.attn).__name__}, which is called itself"
 
 
-def shape(block: BlockParts) -> str:
+def _shape(block: BlockParts) -> str:
     """The map, the channels, N and the heads of a block, as far as it says."""
     height, width = block.map_size or ("H", "W")
     channels = "C" if block.channels is None else block.channels

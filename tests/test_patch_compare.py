@@ -1,0 +1,588 @@
+"""What `patch` finds by running blocks beside ours: forks that compute something else, or not."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from patch_cases import TINY, build, run
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from catkernels import official
+from catkernels.patching.patch import patch, unpatch
+
+
+class Block(official.CATBlock):
+    """The official forward pass in steps that a fork can change one by one."""
+
+    def forward(self, x):
+        x = self.add(x, self.drop_path(self.attended(self.norm1(x))))
+        return self.add(x, self.drop_path(self.mlp(self.norm2(x))))
+
+    def add(self, x, branch):
+        return x + branch
+
+    def attended(self, x):
+        height, width = self.size()
+        batch, tokens, channels = x.shape
+        bottom, right = -height % self.patch_size, -width % self.patch_size
+        x = self.pad(x.view(batch, height, width, channels), bottom, right)
+        attend = self.attend_within if self.attn_type == "ipsa" else self.attend_across
+        return self.crop(attend(x), height, width).reshape(batch, tokens, channels)
+
+    def pad(self, x, bottom, right):
+        return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+    def crop(self, x, height, width):
+        return x[:, :height, :width]
+
+    def size(self):
+        return (self.H, self.W) if hasattr(self, "H") else self.input_resolution
+
+
+class Attention(official.Attention):
+    """The official attention in steps that a fork can change one by one."""
+
+    def attend(self, qkv):
+        q, k, v = self.heads(qkv)
+        scores = self.scores(q, k)
+        if self.rpe:
+            scores = scores + self.bias(scores.shape[-1])
+        return self.output(self.attn_drop(self.weights(scores)), v)
+
+    def heads(self, qkv):
+        return qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def scores(self, q, k):
+        return (q * self.scale) @ k.mT
+
+    def bias(self, tokens):
+        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
+        return bias.view(tokens, tokens, -1).permute(2, 0, 1)
+
+    def weights(self, scores):
+        return self.softmax(scores)
+
+    def output(self, attention, v):
+        x = (attention @ v).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1)
+
+
+# Forks of the block, each of which computes something else.
+
+
+class HalfBranches(official.CATBlock):
+    def forward(self, x):
+        return x + 0.5 * (super().forward(x) - x)
+
+
+class SmallResidual(Block):
+    def add(self, x, branch):
+        return x + 0.1 * branch
+
+
+class PostNorm(Block):
+    def forward(self, x):
+        x = self.norm1(x + self.drop_path(self.attended(x)))
+        return self.norm2(x + self.drop_path(self.mlp(x)))
+
+
+class ExtraActivation(Block):
+    def attended(self, x):
+        return F.gelu(super().attended(x))
+
+
+class NormsSwapped(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.attended(self.norm2(x)))
+        return x + self.drop_path(self.mlp(self.norm1(x)))
+
+
+class NoSecondResidual(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.attended(self.norm1(x)))
+        return self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Parallel(Block):
+    def forward(self, x):
+        return x + self.attended(self.norm1(x)) + self.mlp(self.norm2(x))
+
+
+class MlpFirst(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.attended(self.norm1(x)))
+
+
+class OneDropPath(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.attended(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))
+
+
+class Rolled(Block):
+    def attended(self, x):
+        height, width = self.size()
+        x = x.unflatten(1, (height, width)).roll((-1, -1), (1, 2)).flatten(1, 2)
+        return super().attended(x).unflatten(1, (height, width)).roll((1, 1), (1, 2)).flatten(1, 2)
+
+
+class PaddedAtTheTop(Block):
+    def pad(self, x, bottom, right):
+        self.padding = bottom, right
+        return F.pad(x, (0, 0, right, 0, bottom, 0))
+
+    def crop(self, x, height, width):
+        return x[:, self.padding[0] :, self.padding[1] :]
+
+
+class PaddedBeforeTheNorm(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.attended(x))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def pad(self, x, bottom, right):
+        return self.norm1(super().pad(x, bottom, right))
+
+
+class Transposed(Block):
+    def attend_within(self, x):
+        return super().attend_within(x.transpose(1, 2)).transpose(1, 2)
+
+    def attend_across(self, x):
+        return super().attend_across(x.transpose(1, 2)).transpose(1, 2)
+
+
+class InTraining(Block):
+    def add(self, x, branch):
+        return x + (1.5 if self.training else 1) * branch
+
+
+class InEvaluation(Block):
+    def add(self, x, branch):
+        return x + (1 if self.training else 0.9) * branch
+
+
+class NoiseInTraining(Block):
+    def attended(self, x):
+        return F.dropout(super().attended(x), 0.1, self.training)
+
+
+class OnAnAttribute(Block):
+    gain = 1.0
+
+    def add(self, x, branch):
+        return x + self.gain * branch
+
+
+class OnANestedAttribute(Block):
+    def add(self, x, branch):
+        return x + self.config["gain"] * branch
+
+
+class StopsTheGradient(Block):
+    def attended(self, x):
+        return super().attended(x.detach())
+
+
+class StopsTheResidualsGradient(Block):
+    def add(self, x, branch):
+        return x.detach() + branch
+
+
+class MixesImages(Block):
+    def attended(self, x):
+        return super().attended(x - x.mean(0))
+
+
+class Clamps(Block):
+    def forward(self, x):
+        return super().forward(x.clamp(-10, 10))
+
+
+class ByMagnitude(Block):
+    def forward(self, x):
+        return super().forward(x) if x.abs().max() < 5 else x
+
+
+class Pair(Block):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class OnlyOnSomeMaps(Block):
+    """One that may be right with padding, and is not without."""
+
+    def attended(self, x):
+        height, width = self.size()
+        whole = not (height % self.patch_size or width % self.patch_size)
+        return super().attended(x) * (2 if whole else 1)
+
+
+# Forks of the attention.
+
+
+class Cosine(Attention):
+    def scores(self, q, k):
+        return 10 * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+
+
+class ScaledTwice(Attention):
+    def scores(self, q, k):
+        return super().scores(q * self.scale, k)
+
+
+class Temperature(Attention):
+    temperature = 2.0
+
+    def weights(self, scores):
+        return self.softmax(scores / self.temperature)
+
+
+class Unscaled(Attention):
+    def scores(self, q, k):
+        return q @ k.mT
+
+
+class Causal(Attention):
+    def weights(self, scores):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return self.softmax(scores.masked_fill(mask, float("-inf")))
+
+
+class Sigmoid(Attention):
+    def weights(self, scores):
+        return scores.sigmoid()
+
+
+class SquaredRelu(Attention):
+    def weights(self, scores):
+        return scores.relu().square()
+
+
+class SwappedKeys(Attention):
+    def heads(self, qkv):
+        q, k, v = super().heads(qkv)
+        return k, q, v
+
+
+class InterleavedHeads(Attention):
+    def heads(self, qkv):
+        return qkv.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+
+
+class TransposedBias(Attention):
+    def bias(self, tokens):
+        return super().bias(tokens).mT
+
+
+class ResidualValues(Attention):
+    def output(self, attention, v):
+        return super().output(attention, v) + super().output(torch.eye(v.shape[-2]).to(v), v)
+
+
+class StopsTheBiasGradient(Attention):
+    def bias(self, tokens):
+        return super().bias(tokens).detach()
+
+
+class DropsLogits(Attention):
+    def attend(self, qkv):
+        q, k, v = self.heads(qkv)
+        scores = self.attn_drop(self.scores(q, k))
+        if self.rpe:
+            scores = scores + self.bias(scores.shape[-1])
+        return self.output(self.weights(scores), v)
+
+
+class NeverDropsWeights(Attention):
+    def attend(self, qkv):
+        q, k, v = self.heads(qkv)
+        scores = self.scores(q, k) + (self.bias(q.shape[-2]) if self.rpe else 0)
+        return self.output(self.weights(scores), v)
+
+
+class DropsBeforeTheProjection(Attention):
+    def forward(self, x):
+        return self.proj(self.proj_drop(self.attend(self.qkv(x))))
+
+
+# Forks that compute what the official ones do, each in its own way.
+
+
+class InPlace(Block):
+    def add(self, x, branch):
+        x += branch
+        return x
+
+
+class Recomputes(Block):
+    def attended(self, x):
+        return checkpoint(super().attended, x, use_reentrant=False)
+
+
+class RecomputesReentrantly(Block):
+    def attended(self, x):
+        return checkpoint(super().attended, x, use_reentrant=True)
+
+
+class InlineNorm(Block):
+    def forward(self, x):
+        norm = self.norm1
+        normed = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        x = x + self.drop_path(self.attended(normed))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Remembers(Block):
+    """One with state that its results do not show."""
+
+    def attended(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        self.seen.append(x.shape)
+        self.last = super().attended(x)
+        random.random()
+        np.random.random()  # noqa: NPY002 what user code draws from
+        torch.rand(1)
+        return self.last
+
+    seen = ()
+
+
+class Fused(Attention):
+    def attend(self, qkv):
+        q, k, v = self.heads(qkv)
+        bias = self.bias(q.shape[-2]).unsqueeze(0) if self.rpe else None
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, bias, dropout_p, scale=self.scale)
+        return x.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+class SinglePrecisionSoftmax(Attention):
+    def weights(self, scores):
+        return scores.float().softmax(-1).type_as(scores)
+
+
+RIGHT = [InPlace, Recomputes, RecomputesReentrantly, InlineNorm, Fused, SinglePrecisionSoftmax]
+# What shows in IPSA only: a CPSA block has one head and no bias.
+ONLY_IPSA = {InterleavedHeads, TransposedBias, StopsTheBiasGradient}
+DROPS = {
+    DropsLogits: "its attn_drop is not given the attention weights",
+    NeverDropsWeights: "its attn_drop is not given the attention weights",
+    DropsBeforeTheProjection: "its proj_drop is not given what proj makes",
+}
+WRONG = [
+    fork
+    for base in (official.CATBlock, Block, official.Attention, Attention)
+    for fork in base.__subclasses__()
+    if fork.__module__ == __name__
+    and fork not in (Block, Attention, OnAnAttribute, OnANestedAttribute, Remembers, *RIGHT, *DROPS)
+]
+
+
+def build_fork(fork: type, kind: str = "backbone"):
+    """A model all of whose blocks, or attentions, are of another class, and images."""
+    model, images = build(kind)
+    for block in blocks_of(model):
+        module = block if issubclass(fork, official.CATBlock) else block.attn
+        module.__class__ = fork
+    return model, images
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "attn_type")]
+
+
+def add_official_block(model: nn.Module) -> None:
+    """One block that can be swapped, so that there is a report."""
+    model.another = build("classifier")[0].layers[0].cpsa_blocks[0]
+
+
+@pytest.mark.parametrize("fork", WRONG, ids=lambda fork: fork.__name__)
+def test_what_computes_something_else_is_left_alone(fork):
+    model, _ = build_fork(fork)
+    add_official_block(model)
+    before = list(model.modules())[:-1]
+    report = patch(model)
+    for row in report.blocks[:-1]:
+        if row.kind == "cpsa" and fork in ONLY_IPSA:
+            assert row.action == "swapped"
+            continue
+        assert row.action == "left alone", row
+        assert "compared with random weights, its" in row.reason or fork is Pair
+        assert fork is Pair or row.difference > 1e-3
+    if fork not in ONLY_IPSA:
+        assert report.swapped == ["another"]
+        unpatch(model)
+        assert list(model.modules())[:-1] == before
+
+
+@pytest.mark.parametrize("fork", DROPS, ids=lambda fork: fork.__name__)
+def test_dropout_elsewhere_is_left_alone_where_there_is_any(fork):
+    model, _ = build_fork(fork, "dropping")
+    with pytest.raises(ValueError, match=DROPS[fork]):
+        patch(model)
+    model, _ = build_fork(fork)
+    assert len(patch(model).swapped) == 6
+
+
+@pytest.mark.parametrize("kind", ["classifier", "backbone"])
+@pytest.mark.parametrize("fork", RIGHT, ids=lambda fork: fork.__name__)
+def test_what_computes_the_same_in_its_own_way_is_swapped(fork, kind):
+    model, images = build_fork(fork, kind)
+    model.eval()
+    expected = run(model, images)
+    report = patch(model)
+    assert len(report.swapped) == 6
+    assert all(row.difference < 1e-5 for row in report.blocks)
+    torch.testing.assert_close(run(model, images), expected)
+
+
+def test_the_reason_says_by_how_much():
+    model, _ = build_fork(HalfBranches)
+    with pytest.raises(ValueError, match=r"its output in evaluation differs by 50 ?%"):
+        patch(model)
+    model, _ = build_fork(InTraining)
+    with pytest.raises(ValueError, match=r"its output in training differs by \d+ ?%"):
+        patch(model)
+    model, _ = build_fork(StopsTheGradient)
+    with pytest.raises(ValueError, match=r"its gradient of input in training differs by \d+ ?%"):
+        patch(model)
+    model, _ = build_fork(Pair)
+    with pytest.raises(ValueError, match="TypeError: its forward makes tuple of a tensor"):
+        patch(model)
+
+
+@pytest.mark.parametrize("where", ["plain", "nested"])
+def test_an_attribute_makes_a_kind_of_its_own(where):
+    model, _ = build_fork(OnAnAttribute if where == "plain" else OnANestedAttribute)
+    for block, gain in zip(blocks_of(model), (1.0, 0.1, 1.0, 1.0, 1.0, 0.5), strict=True):
+        block.gain, block.config = gain, {"gain": gain}
+    report = patch(model)
+    assert report.left_alone == ["layers.0.cpsa_blocks.0", "layers.1.post_ipsa_blocks.0"]
+
+
+def test_without_comparison_the_structure_is_trusted():
+    model, _ = build_fork(HalfBranches)
+    report = patch(model, compare=False)
+    assert len(report.swapped) == 6
+    assert {row.difference for row in report.blocks} == {None}
+
+
+def state_of(model: nn.Module) -> dict:
+    """What a comparison could disturb: attributes, hooks, modes, numbers, and where those are."""
+    state = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            state[name, key] = dict(value) if isinstance(value, dict) else value
+    return state
+
+
+def assert_generators_unmoved(work) -> None:
+    states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002 user code's
+    work()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert all(map(np.array_equal, np.random.get_state(), states[2]))  # noqa: NPY002 user code's
+
+
+def patch_or_fail(model: nn.Module) -> bool:
+    try:
+        patch(model)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("fork", [Remembers, HalfBranches, Pair], ids=lambda fork: fork.__name__)
+def test_comparing_touches_nothing(fork):
+    model, _ = build_fork(fork)
+    calls = []
+    for block in blocks_of(model):
+        block.seen = []
+        for part in ("", "norm1", "attn", "attn.qkv", "drop_path", "mlp.fc1"):
+            block.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
+    first = model.layers[0].pre_ipsa_blocks[0].eval()
+    first.attn.train()
+    first.H = first.W = 17
+    before = state_of(model)
+    gradients = torch.is_grad_enabled()
+    assert_generators_unmoved(lambda: patch_or_fail(model))
+    assert len(unpatch(model)) == (6 if fork is Remembers else 0)
+    after = state_of(model)
+    assert before.keys() == after.keys()
+    assert all(before[key] is after[key] or before[key] == after[key] for key in before)
+    assert calls == []
+    assert torch.is_grad_enabled() == gradients
+    assert all(block.seen == [] and not hasattr(block, "calls") for block in blocks_of(model))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def half(model):
+    return model.half()
+
+
+def bfloat16_and_frozen(model):
+    return model.bfloat16().requires_grad_(False)
+
+
+def on_meta(model):
+    return model.to("meta")
+
+
+def with_zero_projections(model):
+    for block in blocks_of(model):
+        for linear in (block.attn.proj, block.mlp.fc2):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+    return model
+
+
+@pytest.mark.parametrize("change", [half, bfloat16_and_frozen, on_meta, with_zero_projections])
+def test_whatever_the_weights_are_it_is_the_arithmetic_that_counts(change):
+    model, _ = build()
+    assert len(patch(change(model)).swapped) == 6
+    model, _ = build_fork(HalfBranches)
+    with pytest.raises(ValueError, match="differs by 50%"):
+        patch(change(model))
+
+
+CONTEXTS = {
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "meta device": lambda: torch.device("meta"),
+    "a counter": lambda: FlopCounterMode(display=False),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_whatever_patch_is_called_within(context):
+    with CONTEXTS[context]():
+        model = official.CAT(**TINY, img_size=56)
+        report = patch(model)
+    assert len(report.swapped) == 6
+    assert all(row.difference < 1e-12 for row in report.blocks)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 12])
+@pytest.mark.parametrize("variant", [{}, {"out_indices": (0,)}], ids=["classifier", "backbone"])
+def test_any_patches(patch_size, variant):
+    stage = {"embed_dim": 8, "depths": (1,), "num_heads": (2,), "num_classes": 3}
+    options = {"qkv_bias": False, "patch_size": patch_size, "img_size": 4 * patch_size}
+    report = patch(official.CAT(**stage, **variant, **options))
+    assert len(report.swapped) == 3
+    assert all(row.difference < 1e-12 for row in report.blocks)
+
+
+def test_nothing_of_a_comparison_is_counted():
+    model, _ = build()
+    with FlopCounterMode(display=False) as counter:
+        patch(model)
+    assert counter.get_total_flops() == 0
