@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
+from typing import NoReturn
 
 import catkernels
 from catkernels.arguments import BACKENDS
 from catkernels.commands.models import MODELS
-from catkernels.ops import cpsa, ipsa
-from catkernels.torch_state.device import KERNEL_DEVICES, interpreting
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,17 +30,17 @@ def main(arguments: list[str] | None = None) -> int:
         dest="command", required=True, metavar="{info,demo,train,predict}"
     )
 
-    info = commands.add_parser("info", help="versions, devices, and what would serve here and why")
-    info.set_defaults(run=_info)
-
+    commands.add_parser("info", help="versions, devices, and what would serve here and why")
     _add_demo(commands)
     _add_train(commands)
     _add_predict(commands)
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
     try:
-        options.run(options)
+        # only now, since the needs of one command, such as scikit-learn, are not those of another
+        import_module(f"catkernels.commands.{command}").run(**options)
     except (OSError, ValueError, ImportError, MemoryError) as error:
-        print(f"{parser.prog} {options.command}: {error}".replace("\n", " "), file=sys.stderr)
+        print(f"{parser.prog} {command}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -55,11 +50,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="run a CAT on a photo, or a trained one on digits")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
-    demo.add_argument("--model", choices=MODELS, default="cat_small", help="default: %(default)s")
+    demo.add_argument("--model", choices=MODELS, help="default: the checkpoint's, else cat_small")
     demo.add_argument("--size", type=_whole(1, 4096), help="side of the photo; 224")
     demo.add_argument("--batch", type=_whole(1, 1024), help="copies of it; 8")
     demo.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights; random, or the digits'"
+        "--checkpoint", type=Path, metavar="FILE", help="weights; by default random, or the digits'"
     )
     demo.add_argument(
         "--save",
@@ -68,7 +63,6 @@ def _add_demo(commands) -> None:
         default=Path("catkernels-demo.png"),
         help="where the picture goes; %(default)s",
     )
-    demo.set_defaults(run=_demo)
 
 
 def _add_train(commands) -> None:
@@ -116,7 +110,6 @@ def _add_train(commands) -> None:
     train.add_argument(
         "--strict", action="store_true", help="stop at an unreadable image, do not leave it out"
     )
-    train.set_defaults(run=_train)
 
 
 def _add_predict(commands) -> None:
@@ -125,14 +118,12 @@ def _add_predict(commands) -> None:
     predict.add_argument(
         "--checkpoint", type=Path, required=True, metavar="FILE", help="weights, as train writes"
     )
-    predict.add_argument("--model", choices=MODELS, help="default: what the checkpoint says")
     predict.add_argument(
         "--size", type=_whole(1, 4096), help="side of the photos; as the model was trained"
     )
     predict.add_argument(
         "--top", type=_whole(1, 1000), default=3, help="classes to name; %(default)s"
     )
-    predict.set_defaults(run=_predict)
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
@@ -144,92 +135,6 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
-
-
-def _info(_options: argparse.Namespace) -> None:
-    print(f"catkernels {catkernels.__version__}, torch {torch.__version__}, {_triton_version()}")
-    print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
-    devices = [torch.device("cpu")]
-    for kind in KERNEL_DEVICES:
-        count = torch.get_device_module(kind).device_count()
-        devices += [torch.device(kind, index) for index in range(count)]
-    for device in devices:
-        print(f"\n{_device_name(device)}")
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            name = str(dtype).removeprefix("torch.")
-            where = {"device": device, "dtype": dtype, "patch_size": 7}
-            print(_serving(f"ipsa {name}", device, ipsa.unsupported_reasons(**where, head_dim=32)))
-            reasons = cpsa.unsupported_reasons(**where, num_patches=64)
-            print(_serving(f"cpsa {name}", device, reasons))
-
-
-def _serving(operation: str, device: torch.device, reasons: list[str]) -> str:
-    if device.type == "cpu" and not reasons:
-        reasons = ["on a CPU the kernels are only interpreted, on request"]
-    if not reasons:
-        return f"  {operation:14}  triton"
-    return f"  {operation:14}  reference  ({'; '.join(reasons)})"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        mode = ", Triton's interpreter is on" if interpreting() else ""
-        return f"cpu: {torch.get_num_threads()} threads{mode}"
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return f"{device}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-
-
-def _triton_version() -> str:
-    try:
-        return f"triton {version('triton')}"
-    except PackageNotFoundError:
-        return "no triton"
-
-
-def _demo(options: argparse.Namespace) -> None:
-    save = options.save
-    if save.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
-    if not save.parent.is_dir():
-        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
-    # the demos' own needs, such as matplotlib, are no needs of the package
-    if options.model == "digits":
-        from catkernels.commands import digits_demo
-
-        if options.image or options.size or options.batch:
-            raise ValueError(
-                "--image, --size and --batch are of photos: leave them out, or give another --model"
-            )
-        digits_demo.run(checkpoint=options.checkpoint, save=save)
-    else:
-        from catkernels.commands import demo
-
-        demo.run(
-            model=options.model,
-            image=options.image,
-            size=options.size or 224,
-            batch=options.batch or 8,
-            checkpoint=options.checkpoint,
-            save=save,
-        )
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from catkernels.commands.predict import run
-
-    run(**_own(options))
-
-
-def _train(options: argparse.Namespace) -> None:
-    # training's own needs, such as scikit-learn, are no needs of the package
-    from catkernels.commands.train import run
-
-    run(**_own(options))
-
-
-def _own(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a command."""
-    return {name: value for name, value in vars(options).items() if name not in ("command", "run")}
 
 
 if __name__ == "__main__":

@@ -25,17 +25,19 @@ class CAT(cat.CAT):
     Args:
         checkpoint_always: recompute every block in the backward pass whatever ``use_checkpoint``
             says, as the official classification and segmentation code does.
+        pads: give a classifier the dense variant of the blocks, which runs at any size.
         options: the arguments of `catkernels.CAT`, except ``backend``.
     """
 
-    def __init__(self, *, checkpoint_always: bool = False, **options) -> None:
+    def __init__(self, *, checkpoint_always: bool = False, pads: bool = False, **options) -> None:
         self.layer_class = AlwaysCheckpointedLayer if checkpoint_always else CATLayer
+        self.pads = pads
         super().__init__(**options)
 
     def _make_layer(self, *, input_resolution, backend, **options) -> nn.Module:
         del backend
         return self.layer_class(
-            input_resolution=None if self.is_backbone else input_resolution, **options
+            input_resolution=None if self.is_backbone or self.pads else input_resolution, **options
         )
 
 

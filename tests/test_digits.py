@@ -8,12 +8,16 @@ from dataclasses import asdict
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from catkernels.__main__ import main
+from catkernels.cat import CAT
+from catkernels.commands import digits_demo
 from catkernels.commands.digits_demo import attention_weights, cpsa_map, ipsa_map
 from catkernels.commands.train import DIGITS_RECIPE
-from catkernels.digits import WEIGHTS, pretrained_digits
+from catkernels.digits import DIGITS, WEIGHTS, pretrained_digits
 from catkernels.training.data import digits_data
 from catkernels.training.run_folder import made_with
 
@@ -57,6 +61,34 @@ def test_demo_tells_digits_and_draws_where_it_looks(capsys, tmp_path):
     right, _, total, *_ = lines[11].split()
     assert int(right) / int(total) >= 0.97
     assert matplotlib.image.imread(picture).std() > 0.05
+
+
+def test_the_picture_shows_the_surest_mistakes():
+    images = torch.zeros(12, 1, 16, 16)
+    numbers = torch.arange(12)
+    answers = digits_demo.Answers(images, numbers % 10, numbers % 9, 1 - numbers / 20)
+    figure = Figure()
+    digits_demo._draw_mistakes(figure, answers, total=100)
+    assert figure.get_suptitle() == "12 mistakes in 100 held-out digits, the 10 surest of them here"
+    assert [axes.get_title() for axes in figure.axes] == [f"is a {label}" for label in range(10)]
+    assert figure.axes[9].get_xlabel() == "told as 0\n(55 %)"
+    figure = Figure()
+    digits_demo._draw_mistakes(figure, answers[[3]], total=100)
+    assert figure.get_suptitle() == "1 mistakes in 100 held-out digits"
+    assert [axes.get_title() for axes in figure.axes] == ["is a 3"] + [""] * 9
+
+
+@pytest.mark.parametrize("size", [10, 16])
+def test_demo_of_weights_of_ones_own(size, capsys, tmp_path):
+    """Also of a size that patches do not divide."""
+    save_file(
+        CAT(**(DIGITS | {"img_size": size})).state_dict(),
+        tmp_path / "model.safetensors",
+        {"catkernels": json.dumps({"options": {"model": "digits", "size": size}})},
+    )
+    files = ["--checkpoint", str(tmp_path / "model.safetensors"), "--save", str(tmp_path / "d.png")]
+    assert main(["demo", *files]) == 0
+    assert "of 360 held-out digits right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -78,11 +78,9 @@ def test_weights_that_do_not_name_their_classes(photos, tmp_path, capsys):
     model = CAT(**(MODELS["digits"] | {"num_classes": 4, "in_chans": 3}))
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     options = ("--checkpoint", tmp_path / "weights.pth", photos / "dark" / "0.png")
-    (line,) = predict(capsys, *options, "--model", "digits", "--top", "9")
+    (line,) = predict(capsys, *options, "--top", "9")
     answers = line.split(": ")[1].split(", ")
     assert sorted(answer.split(" (")[0] for answer in answers) == [f"class {i}" for i in range(4)]
-    assert main(["predict", *map(str, options)]) == 2
-    assert "does not say which model it is of: give --model" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_is_named_when_the_rest_is_classified(trained, photos, tmp_path, capfd):
@@ -105,9 +103,9 @@ def test_what_cannot_be_read_is_named_when_the_rest_is_classified(trained, photo
         (["{text}"], "predict: cannot read the image"),
         (["{photo}", "--checkpoint", "nowhere.pth"], "there is no checkpoint file nowhere.pth"),
         (["{photo}", "--checkpoint", "{text}"], "is no checkpoint that torch.save wrote"),
-        (["{photo}", "--checkpoint", "{other}"], "holds no weights of a CAT: it has weight, bias"),
+        (["{photo}", "--checkpoint", "{other}"], "is of none of the models digits, cat_tiny"),
         (["{photo}", "--checkpoint", "{backbone}"], "it holds no head to classify with"),
-        (["{photo}", "--model", "cat_tiny"], "Give the --model, and in training the --size, that"),
+        (["{photo}", "--checkpoint", "{small}"], "It was trained at another size, or built with"),
         (["{photo}", "--top", "0"], "'0' is not a whole number from 1 to 1000"),
         ([], "the following arguments are required: PHOTO"),
     ],
@@ -118,13 +116,13 @@ def test_errors_are_one_line_and_exit_2(trained, photos, tmp_path, capfd, argume
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     backbone = CAT(**(MODELS["digits"] | {"out_indices": (0, 1)}))
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
-    names = {"empty": "empty", "text": "text.txt", "other": "other.pth", "backbone": "backbone.pth"}
-    files = {name: tmp_path / file for name, file in names.items()}
+    small = CAT(**(MODELS["digits"] | {"img_size": 4}))
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    names = ("empty", "text.txt", "other.pth", "backbone.pth", "small.pth")
+    files = {name.split(".")[0]: tmp_path / name for name in names}
     arguments = [text.format(photo=photos / "dark" / "0.png", **files) for text in arguments]
     if "--checkpoint" not in arguments:
         arguments += ["--checkpoint", str(trained)]
-    elif "--model" not in arguments:
-        arguments += ["--model", "digits"]
     try:
         status = main(["predict", *arguments])
     except SystemExit as stopped:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from catkernels.cat import VARIANTS
 from catkernels.checkpoint import DoesNotFit, LoadReport, load_checkpoint, read_weights
@@ -16,6 +19,8 @@ from catkernels.digits import DIGITS
 # As arguments of `CAT`.
 MODELS: dict[str, dict[str, Any]] = {"digits": DIGITS} | VARIANTS
 DEFAULT_SIZE = 224
+# What every CAT has.
+_EMBEDDING = "patch_embed.proj.weight"
 
 
 def default_size(model: str) -> int:
@@ -35,7 +40,6 @@ class Checkpoint:
         in_chans: their channels.
         num_classes: what it tells apart; 0 where the file holds a backbone, without a head.
         classes: their names; None where the file does not say.
-        is_of_digits: whether it learned scikit-learn's digits.
     """
 
     path: Path
@@ -43,8 +47,7 @@ class Checkpoint:
     size: int
     in_chans: int
     num_classes: int
-    classes: tuple[str, ...] | None = None
-    is_of_digits: bool = False
+    classes: tuple[str, ...] | None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class Checkpoint:
         }
 
     def load_into(self, network: nn.Module, new_head: bool = False) -> LoadReport:
-        """`load_checkpoint`, whose errors say what to do on the command line.
+        """`load_checkpoint`, whose errors speak to somebody at the command line.
 
         Raises:
             ValueError: the weights are of another model.
@@ -65,44 +68,50 @@ class Checkpoint:
             return load_checkpoint(network, self.path, new_head=new_head)
         except DoesNotFit as error:
             raise ValueError(
-                f"{error.fault}. Give the --model, and in training the --size, that "
-                f"{self.path.name} was trained as"
+                f"{error.fault}. It was trained at another size, or built with options that the "
+                "command line does not have"
             ) from error
 
 
 def read_checkpoint(path: Path, model: str | None = None) -> Checkpoint:
-    """What a file of weights is of: by its header, which `train` writes, or by its weights.
+    """What a file of weights is of: which model by its weights, the rest as `train` wrote it.
 
     Args:
         path: what `load_checkpoint` reads.
-        model: a name of `MODELS`, for a file that does not say it.
+        model: a name of `MODELS` that it has to be; None: any.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights of a CAT, or does not say of which and ``model`` is None.
+        ValueError: it holds no weights, or those of another model.
     """
     weights = read_weights(path)
-    embedding, head = weights.get("patch_embed.proj.weight"), weights.get("head.weight")
-    if embedding is None or embedding.dim() != 4:
-        raise ValueError(f"{path.name} holds no weights of a CAT: it has {', '.join(weights)[:60]}")
+    names = [name for name in MODELS if _is_of(weights, name)]
+    if not names:
+        raise ValueError(f"{path.name} is of none of the models {', '.join(MODELS)}")
+    (name,) = names
+    if model not in (None, name):
+        raise ValueError(f"{path.name} is of {name}, not of {model}: leave --model out")
     run = _training_options(path)
-    named = run.get("model")
-    if model is None and named not in MODELS:
-        raise ValueError(
-            f"{path.name} does not say which model it is of: give --model ({', '.join(MODELS)})"
-        )
-    name = model or named
-    # what a run was trained with says nothing of another model
-    run = run if name == named else {}
-    num_classes = 0 if head is None else len(head)
+    head = weights.get("head.weight")
     return Checkpoint(
         path=path,
         model=name,
         size=run.get("size", default_size(name)),
-        in_chans=embedding.shape[1],
-        num_classes=num_classes,
+        in_chans=weights[_EMBEDDING].shape[1],
+        num_classes=0 if head is None else len(head),
         classes=tuple(run["classes"]) if "classes" in run else None,
-        is_of_digits=run.get("data") == "digits",
+    )
+
+
+def _is_of(weights: Mapping[str, Tensor], model: str) -> bool:
+    """Whether weights have the width and the blocks of a model, in which all of them differ."""
+    one_a_block = re.compile(r"layers\.(\d+)\.cpsa_blocks\.\d+\.attn\.qkv\.weight")
+    blocks = Counter(int(match[1]) for match in map(one_a_block.fullmatch, weights) if match)
+    options = MODELS[model]
+    return (
+        _EMBEDDING in weights
+        and len(weights[_EMBEDDING]) == options["embed_dim"]
+        and blocks == dict(enumerate(options["depths"]))
     )
 
 

@@ -24,24 +24,21 @@ except ImportError as error:
 BATCH_SIZE = 16
 
 
-def run(
-    *, checkpoint: Path, images: Sequence[Path], model: str | None, size: int | None, top: int
-) -> None:
+def run(*, checkpoint: Path, images: Sequence[Path], size: int | None, top: int) -> None:
     """Print for each image its most probable classes, and how probable they are.
 
     Args:
         checkpoint: the weights of a classifier.
         images: files, or folders of them.
-        model: a name of `catkernels.commands.models.MODELS`; None: what the checkpoint says.
         size: side of the square that each photo becomes; None: what the model was trained with.
         top: how many classes to print.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, file or folder.
-        ValueError: the checkpoint is of no classifier or of another model, a folder holds no
-            images, or images could not be read (after all others are classified).
+        ValueError: the checkpoint is of no classifier that is known here, a folder holds no images,
+            or images could not be read (after all others are classified).
     """
-    trained = read_checkpoint(checkpoint, model)
+    trained = read_checkpoint(checkpoint)
     if not trained.num_classes:
         raise ValueError(f"{checkpoint.name} is of a backbone: it holds no head to classify with")
     paths = _find(images)
