@@ -1,4 +1,4 @@
-"""The command line: ``python -m catkernels info``, ``demo``, ``train`` and ``predict``."""
+"""The command line: ``python -m catkernels info``, ``check``, ``demo``, ``train``, ``predict``."""
 
 from __future__ import annotations
 
@@ -32,24 +32,35 @@ def main(arguments: list[str] | None = None) -> int:
         "--version", action="version", version=f"catkernels {catkernels.__version__}"
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{info,demo,train,predict}"
+        dest="command", required=True, metavar="{info,check,demo,train,predict}"
     )
 
     info = commands.add_parser("info", help="versions, devices, and what would serve here and why")
     info.set_defaults(run=_info)
 
+    _add_check(commands)
     _add_demo(commands)
     _add_train(commands)
     _add_predict(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (OSError, ValueError, ImportError, MemoryError) as error:
         print(f"{parser.prog} {options.command}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+def _add_check(commands) -> None:
+    check = commands.add_parser("check", help="whether the kernels are right on this GPU")
+    check.add_argument(
+        "--interpret", action="store_true", help="without a GPU: a few calls in the interpreter"
+    )
+    check.add_argument(
+        "--json", type=Path, metavar="FILE", help="write down versions and results, for a report"
+    )
+    check.set_defaults(run=_check)
 
 
 def _add_demo(commands) -> None:
@@ -184,6 +195,12 @@ def _triton_version() -> str:
         return f"triton {version('triton')}"
     except PackageNotFoundError:
         return "no triton"
+
+
+def _check(options: argparse.Namespace) -> int:
+    from catkernels.commands.check import run
+
+    return run(interpret=options.interpret, output=options.json)
 
 
 def _demo(options: argparse.Namespace) -> None:
