@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch._functorch.config
 
-from benchmarks import harness, machine
+from benchmarks import harness
 from benchmarks.clock import CLOCK, DEVICE
+from catkernels import machine
 from catkernels.torch_state.device import interpreting
 
 RACES = pytest.StashKey[list[dict]]()

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, machine
+from benchmarks import harness
 from benchmarks.attention import (
     Attention,
     make_leaves,
@@ -38,6 +38,7 @@ from benchmarks.bench_cpsa import catkernels_provider as cpsa_provider
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.bench_ipsa import catkernels_provider as ipsa_provider
 from benchmarks.clock import CLOCK
+from catkernels import machine
 from catkernels.cases import Shape, cat_stages
 
 
@@ -298,7 +299,7 @@ def main() -> int:
 
     effort = TRIAL if arguments.trial else Effort()
     end = time.monotonic() + arguments.time_limit
-    record = Record.of(arguments.output, machine.describe("CPU") | {"trial": arguments.trial})
+    record = Record.of(arguments.output, machine.describe() | {"trial": arguments.trial})
     left = []
     with harness.own_stream():
         for table, shape, precision in _problems(arguments.trial):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m catkernels info``, ``demo``, ``train`` and ``predict``."""
+"""The command line: ``python -m catkernels info``, ``check``, ``demo``, ``train``, ``predict``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--version", action="version", version=f"catkernels {catkernels.__version__}"
     )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{info,demo,train,predict}"
+        dest="command", required=True, metavar="{info,check,demo,train,predict}"
     )
 
     commands.add_parser("info", help="versions, devices, and what would serve here and why")
+    _add_check(commands)
     _add_demo(commands)
     _add_train(commands)
     _add_predict(commands)
@@ -38,13 +39,26 @@ def main(arguments: list[str] | None = None) -> int:
     command = options.pop("command")
     try:
         # only now, since the needs of one command, such as scikit-learn, are not those of another
-        import_module(f"catkernels.commands.{command}").run(**options)
+        return import_module(f"catkernels.commands.{command}").run(**options) or 0
     except (OSError, ValueError, ImportError, MemoryError) as error:
         print(f"{parser.prog} {command}: {error}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+def _add_check(commands) -> None:
+    check = commands.add_parser("check", help="whether the kernels are right on this GPU")
+    check.add_argument(
+        "--interpret", action="store_true", help="without a GPU: a few calls in the interpreter"
+    )
+    check.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        dest="output",
+        help="write down versions and results, for a report",
+    )
 
 
 def _add_demo(commands) -> None:

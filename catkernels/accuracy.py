@@ -30,7 +30,7 @@ class OutOfBudget(AssertionError):
 
 def assert_within_error_budget(
     actual: Tensor, same_dtype: Tensor, float64: Tensor, name: str = "result"
-) -> None:
+) -> float:
     """Check that ``actual`` is about as close to the truth as plain PyTorch in its dtype is.
 
     Its error against ``float64`` may be twice that of ``same_dtype`` plus one rounding step of its
@@ -41,6 +41,9 @@ def assert_within_error_budget(
         same_dtype: the reference computed in the dtype that ``actual`` was computed in.
         float64: the reference computed in float64 from the same (rounded) inputs.
         name: what the tensor is called in the failure's message.
+
+    Returns:
+        The share of the budget that the error takes, from 0 to 1.
 
     Raises:
         OutOfBudget: it is not; or it has another shape, or values that are not finite.
@@ -54,10 +57,11 @@ def assert_within_error_budget(
     if actual.shape != float64.shape:
         raise OutOfBudget(f"{name}: {tuple(actual.shape)}, not {tuple(float64.shape)}")
     if actual.numel() == 0:
-        return
+        return 0.0
     if not torch.isfinite(actual).all():
         raise OutOfBudget(f"{name}: {(~torch.isfinite(actual)).sum()} values are not finite")
     eps = max(torch.finfo(t.dtype).eps for t in (actual, same_dtype))
+    share = 0.0
     for kind, norm in NORMS.items():
         error, eager = (norm(t.detach().double() - float64) for t in (actual, same_dtype))
         budget = 2 * eager + eps * norm(float64)
@@ -67,11 +71,14 @@ def assert_within_error_budget(
                 f"{name}: {kind} error {error:.3e} is over the budget of {budget:.3e} "
                 f"(eager {eager:.3e}, magnitude {norm(float64):.3e})"
             )
+        if error > 0:
+            share = max(share, (error / budget).item())
+    return share
 
 
 def assert_draws_within_error_budget(
     draws: Iterable[dict[str, tuple[Tensor, Tensor, Tensor]]], label: str
-) -> None:
+) -> float:
     """Judge several draws of the same results together, each in units of its largest true value.
 
     In one small tensor the largest error of plain PyTorch is now and then tiny by luck.
@@ -79,6 +86,9 @@ def assert_draws_within_error_budget(
     Args:
         draws: for each draw, by name, what `assert_within_error_budget` takes.
         label: what the draws are called in the failure's message.
+
+    Returns:
+        The largest share of a result's budget that its error takes, from 0 to 1.
 
     Raises:
         OutOfBudget: a result is over it.
@@ -93,8 +103,10 @@ def assert_draws_within_error_budget(
                 pool.append(result.flatten() / unit)
     if not pools:
         raise ValueError(f"{label}: nothing was drawn")
-    for name, pool in pools.items():
+    return max(
         assert_within_error_budget(*map(torch.cat, pool), f"{label}: {name}")
+        for name, pool in pools.items()
+    )
 
 
 def tf32_products() -> contextlib.AbstractContextManager:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from catkernels import reference
-from catkernels.ops import ipsa
+from catkernels.dropout import kept
+from catkernels.ops import cpsa, ipsa
+
+Inputs = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class Shape:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def size(self) -> tuple[int, int, int, int]:
+        """Of the map (B, H, W, C)."""
+        return self.batch, self.height, self.width, self.channels
 
     @property
     def num_patches(self) -> int:
@@ -103,10 +112,8 @@ class IPSACase:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> dict[str, Tensor]:
-        channels = self.num_heads * self.head_dim
-        sizes = (self.batch, self.height, self.width, channels, self.num_heads, self.patch_size)
-        inputs = make_ipsa_inputs(Shape(self.name, *sizes), dtype, device, seed=seed)
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> Inputs:
+        inputs = make_ipsa_inputs(self.shape, dtype, device, seed=seed)
         return inputs | dict.fromkeys(self.without)
 
     def attend(self, qkv: Tensor, bias_table: Tensor | None, qkv_bias: Tensor | None) -> Tensor:
@@ -133,9 +140,103 @@ class IPSACase:
             dropout_p=self.dropout_p,
         )
 
+    def kept(self, seed: int) -> Tensor:
+        """Which weights the kernels keep: bool (B, windows, heads, N*N, N*N)."""
+        windows = self.shape.num_patches
+        tokens = self.patch_size**2
+        keep = kept(seed, self.dropout_p, tokens, tokens, self.num_heads, self.batch * windows)
+        return keep.unflatten(0, (self.batch, windows))
+
+    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype, needs_grad: bool):
+        return ipsa.unsupported_reasons(
+            device=device,
+            dtype=dtype,
+            head_dim=self.head_dim,
+            patch_size=self.patch_size,
+            needs_grad=needs_grad,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        channels = self.num_heads * self.head_dim
+        sizes = (self.batch, self.height, self.width, channels, self.num_heads, self.patch_size)
+        return Shape(self.name, *sizes)
+
     @property
     def padded(self) -> bool:
         return bool(self.height % self.patch_size or self.width % self.patch_size)
+
+
+@dataclass(frozen=True)
+class CPSACase:
+    """A call of CPSA."""
+
+    name: str
+    batch: int
+    height: int
+    width: int
+    channels: int
+    patch_size: int = 7
+    dropout_p: float = 0.0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> Inputs:
+        return make_cpsa_inputs(self.shape, dtype, device, seed=seed)
+
+    def attend(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """By the kernels."""
+        options = {"patch_size": self.patch_size, "dropout_p": self.dropout_p}
+        return cpsa.cpsa_attention(x, *weights, **options, scale=1 / self.patch_size, dtype=x.dtype)
+
+    def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """By the reference."""
+        options = {"patch_size": self.patch_size, "dropout_p": self.dropout_p}
+        return reference.cpsa_attention(x, *weights, **options)
+
+    def kept(self, seed: int) -> Tensor:
+        """Which weights the kernels keep: bool (B, C, P, P)."""
+        patches = self.shape.num_patches
+        return kept(seed, self.dropout_p, patches, patches, self.channels, self.batch)
+
+    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype, needs_grad: bool):
+        return cpsa.unsupported_reasons(
+            device=device,
+            dtype=dtype,
+            patch_size=self.patch_size,
+            num_patches=self.shape.num_patches,
+            needs_grad=needs_grad,
+        )
+
+    @property
+    def shape(self) -> Shape:
+        sizes = (self.batch, self.height, self.width, self.channels)
+        return Shape(self.name, *sizes, num_heads=1, patch_size=self.patch_size)
+
+
+def results(
+    attend: Callable[..., Tensor], inputs: Inputs, grad_out: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The output, and with a gradient of it the gradients of the inputs that are in it."""
+    differentiate = grad_out is not None
+    given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    leaves = {name: t.detach().requires_grad_(differentiate) for name, t in given.items()}
+    out = attend(*(leaves.get(name) for name in inputs))
+    if not differentiate:
+        return {"out": out}
+    grads = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True)
+    gradients = {f"d{k}": g for k, g in zip(leaves, grads, strict=True) if g is not None}
+    return {"out": out.detach(), **gradients}
+
+
+def random_grad(shape: Shape, like: Tensor, seed: int = 0) -> Tensor:
+    """A gradient of a call's output, in the dtype and on the device of ``like``."""
+    return torch.randn(shape.size, generator=torch.Generator().manual_seed(seed)).to(like)
+
+
+def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    return {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
 
 
 def cpsa_shape(

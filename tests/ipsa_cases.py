@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from catkernels import cases
 from catkernels.accuracy import assert_draws_within_error_budget
-from catkernels.cases import IPSA_CASES, IPSACase
+from catkernels.cases import IPSA_CASES, Inputs, IPSACase, converted, results
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INPUTS = ("qkv", "bias_table", "qkv_bias")
@@ -14,26 +15,11 @@ NAMED = {case.name: case for case in IPSA_CASES}
 PLAIN, PADDED, PACKED = NAMED["plain"], NAMED["padded"], NAMED["N4-padded"]
 
 
-def results(attend, inputs: dict[str, Tensor | None], grad_out: Tensor) -> dict[str, Tensor]:
-    """The output and the gradients of the inputs that are in it."""
-    leaves = {k: t.detach().requires_grad_() for k, t in inputs.items() if t is not None}
-    out = attend(*(leaves.get(name) for name in INPUTS))
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True)
-    gradients = {f"d{k}": g for k, g in zip(leaves, grads, strict=True) if g is not None}
-    return {"out": out.detach(), **gradients}
-
-
-def converted(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
-    return {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
-
-
 def random_grad(case: IPSACase, like: Tensor, seed: int = 0) -> Tensor:
-    """A gradient of a case's output, in the dtype and on the device of ``like``."""
-    size = (case.batch, case.height, case.width, case.num_heads * case.head_dim)
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(like)
+    return cases.random_grad(case.shape, like, seed)
 
 
-def check(*draws: tuple[IPSACase, dict[str, Tensor | None]]) -> None:
+def check(*draws: tuple[IPSACase, Inputs]) -> None:
     """Compare outputs and all gradients with float64; plain PyTorch computes in qkv's dtype."""
     compared = []
     for seed, (case, inputs) in enumerate(draws):

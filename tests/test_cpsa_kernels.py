@@ -19,7 +19,6 @@ from cpsa_cases import (
     make_inputs,
     with_gradients,
 )
-from philox import kept
 from torch import Tensor
 
 from catkernels import reference
@@ -28,6 +27,7 @@ from catkernels.accuracy import (
     assert_within_error_budget,
 )
 from catkernels.cases import CPSA_LARGE, CPSA_ODD_SHAPES, CPSA_PATCH_COUNTS, cpsa_shape
+from catkernels.dropout import kept
 
 pytest.importorskip("triton")
 

@@ -23,12 +23,10 @@ from ipsa_cases import (
     check,
     draws,
     random_grad,
-    results,
 )
-from philox import kept
 from torch import Tensor
 
-from catkernels.cases import IPSA_CASES, IPSACase
+from catkernels.cases import IPSA_CASES, IPSACase, results
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")
 
@@ -119,14 +117,6 @@ def test_any_strides(device, launches):
         assert torch.equal(tensor, same[name]), name
 
 
-def kept_weights(case: IPSACase, seed: int) -> Tensor:
-    """Which weights a call keeps: (B, windows, heads, N*N, N*N)."""
-    windows = -(-case.height // case.patch_size) * -(-case.width // case.patch_size)
-    tokens = case.patch_size**2
-    keep = kept(seed, case.dropout_p, tokens, tokens, case.num_heads, case.batch * windows)
-    return keep.view(case.batch, windows, case.num_heads, tokens, tokens)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -141,7 +131,7 @@ def kept_weights(case: IPSACase, seed: int) -> Tensor:
 )
 def test_dropout(case, dtype, device, launches, monkeypatch):
     torch.manual_seed(1)
-    keep = kept_weights(case, torch.randint(2**63 - 1, (1,), device=device).item()).to(device)
+    keep = case.kept(torch.randint(2**63 - 1, (1,), device=device).item()).to(device)
     assert abs(keep.double().mean() - (1 - case.dropout_p)) < 0.03
     keep_scale = 1 / (1 - round(case.dropout_p * 2**16) / 2**16)
     monkeypatch.setattr(F, "dropout", lambda weights, p: weights * keep * keep_scale)

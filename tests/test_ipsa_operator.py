@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ipsa_cases import PADDED, PLAIN, random_grad, results
+from ipsa_cases import PADDED, PLAIN, random_grad
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from catkernels.cases import results
 from catkernels.ops import ipsa
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from catkernels.torch_state.device import KERNEL_DEVICES, TRITON_IS_INSTALLED, i
 
 # Keeps the operators that are defined in it alive.
 _library = torch.library.Library("catkernels", "FRAGMENT")
+_implementations: dict[str, Callable] = {}
 
 
 def define_operator(
@@ -26,6 +28,7 @@ def define_operator(
     """
     name = schema.partition("(")[0]
     _library.define(schema)
+    _implementations[name] = implementation
     for device in (*KERNEL_DEVICES, "cpu") if interpreting() else KERNEL_DEVICES:
         _library.impl(name, implementation, device.upper())
     torch.library.register_fake(f"catkernels::{name}", fake, lib=_library)
@@ -56,6 +59,17 @@ def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     if dropout_p == 0:
         return None
     return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+
+
+@functools.cache
+def take_cpu_tensors() -> None:
+    """Let the operators take CPU tensors from now on, in a process whose launches only compile.
+
+    Elsewhere they refuse them but under the interpreter, where they take them already.
+    """
+    if not interpreting():
+        for name, implementation in _implementations.items():
+            _library.impl(name, implementation, "CPU")
 
 
 def call_once_differentiable(operator: Callable, function: str, *arguments):

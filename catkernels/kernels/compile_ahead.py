@@ -1,0 +1,78 @@
+"""Compile kernels for a GPU without running them: ahead of need, or where there is no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from catkernels.kernels.launch import architecture
+
+
+def current_target() -> GPUTarget:
+    """What Triton compiles for here: the current GPU's backend, architecture and warp size."""
+    return triton.runtime.driver.active.get_current_target()
+
+
+def ptxas_version() -> str:
+    """The version of the assembler for the current NVIDIA GPU."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(current_target().arch).version
+
+
+@contextlib.contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, CompiledKernel]]]:
+    """Launches inside compile for ``target`` instead of running; the list gets names and kernels.
+
+    They compile under the very keys of a real launch, so Triton's cache then serves that. Tensors
+    may be on the CPU or on the "meta" device: a launch asks them for dtype and alignment only.
+
+    Raises:
+        RuntimeError: the interpreter is on, which compiles nothing.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
+
+    class Driver:
+        """As much of a driver as compiling needs."""
+
+        get_current_target = staticmethod(lambda: target)
+        get_current_device = staticmethod(lambda: target)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    compiled: list[tuple[str, CompiledKernel]] = []
+    run = JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((kernel.__name__, result))
+        return result
+
+    previous = triton.runtime.driver._active
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    architecture.cache_clear()
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        architecture.cache_clear()
+        triton.runtime.driver._active = previous
+
+
+def build_launcher(kernel: CompiledKernel) -> None:
+    """Build the C function that launches a kernel, where this version of Triton has one for each.
+
+    It takes a third of a second, and is kept in Triton's cache as the kernel is.
+    """
+    backend = {"cuda": "nvidia", "hip": "amd"}.get(kernel.metadata.target.backend)
+    driver = importlib.import_module(f"triton.backends.{backend}.driver") if backend else None
+    if hasattr(driver, "make_launcher"):
+        launcher = {"nvidia": "CudaLauncher", "amd": "HIPLauncher"}[backend]
+        getattr(driver, launcher)(kernel.src, kernel.metadata)

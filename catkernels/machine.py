@@ -1,0 +1,47 @@
+"""What results and figures were computed on: device, versions, driver and clocks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+
+import torch
+
+import catkernels
+from catkernels.torch_state.device import TRITON_IS_INSTALLED, best_device
+
+STATE = "power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
+
+
+def describe(cpu_name: str | None = None) -> dict[str, str | None]:
+    """The device's name, the versions of everything between it and Python, and its clocks."""
+    device = best_device()
+    about = {
+        "catkernels": catkernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    if TRITON_IS_INSTALLED:
+        about["triton"] = importlib.metadata.version("triton")
+    if device.type == "cpu":
+        return about | {"device": cpu_name or "a CPU", "device_state": "one thread"}
+    about |= {
+        "device": torch.get_device_module(device).get_device_name(),
+        "device_state": _nvidia_smi(STATE),
+    }
+    if device.type == "cuda" and torch.version.hip is None:
+        from catkernels.kernels.compile_ahead import ptxas_version
+
+        about |= {"driver": _nvidia_smi("driver_version"), "ptxas": ptxas_version()}
+    return about
+
+
+def _nvidia_smi(query: str) -> str:
+    """What NVIDIA's tool answers, a GPU a line."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"
