@@ -1,0 +1,254 @@
+"""A layer norm as operators, and the Functions that take its backward pass and a residual's as one.
+
+In ``x + branch(norm(x))`` two gradients reach ``x``: through the norm, and around it. Autograd on
+its own writes the first and then adds the second. Here the norm gives ``x`` as well as
+``norm(x)``; what goes around it takes that ``x``, and both gradients come back together.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from catkernels.ops.limits import DTYPES
+from catkernels.ops.operator import (
+    call_once_differentiable,
+    contiguous,
+    define_operator,
+    needs_grad,
+)
+from catkernels.torch_state.device import device_reasons
+from catkernels.torch_state.precision import compute_dtype
+
+CHANNEL_STEP, MAX_CHANNELS = 8, 1024
+
+
+def unsupported_reasons(
+    *, device: torch.device, dtypes: set[torch.dtype], channels: int
+) -> list[str]:
+    """Why the kernels cannot norm such rows; empty where they can.
+
+    Args:
+        dtypes: of the rows, the weights and the result.
+        channels: C, the values of a row.
+    """
+    reasons = device_reasons(device)
+    if others := sorted(str(dtype) for dtype in dtypes.difference(DTYPES)):
+        reasons.append(
+            f"the kernels take float16, bfloat16 and float32, not {' and '.join(others)}"
+        )
+    if channels % CHANNEL_STEP or not 0 < channels <= MAX_CHANNELS:
+        reasons.append(
+            f"the kernels norm up to {MAX_CHANNELS} channels in steps of {CHANNEL_STEP}, "
+            f"not {channels}"
+        )
+    return reasons
+
+
+def norm_residual(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """``norm(x)`` and ``x``, whose gradients come back in one pass.
+
+    Args:
+        x: (.., C), float32, float16 or bfloat16.
+        norm: over C, with weights.
+
+    Returns:
+        (.., C) in the dtype that a linear layer behind it computes with, and ``x`` itself.
+    """
+    inputs = (x, norm.weight, norm.bias, norm.eps, compute_dtype(x))
+    if needs_grad(*inputs[:3]):
+        return _Norm.apply(*inputs)
+    return torch.ops.catkernels.norm_forward(*inputs), x
+
+
+def norm_linear_residual(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """``linear(norm(x))`` and ``x``, whose gradients come back in one pass.
+
+    Only ``x`` is kept for the backward pass, which computes the norm again as it goes through it.
+
+    Args:
+        x: (.., C), float32, float16 or bfloat16.
+        norm: over C, with weights.
+        linear: from C to D.
+
+    Returns:
+        (.., D) in the dtype that the linear layer computes with, and ``x`` itself.
+    """
+    parameters = (norm.weight, norm.bias, linear.weight, linear.bias)
+    if needs_grad(x, *parameters):
+        return _NormLinear.apply(x, *parameters, norm.eps, compute_dtype(x))
+    normed, x = norm_residual(x, norm)
+    return linear(normed), x
+
+
+class _Norm(torch.autograd.Function):
+    """The forward operator and its input, differentiated by the backward operator."""
+
+    @staticmethod
+    def forward(x, weight, bias, eps, dtype):
+        return torch.ops.catkernels.norm_forward(x, weight, bias, eps, dtype), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, ctx.eps, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad_normed, grad_x):
+        if grad_normed is None:
+            return grad_x, *(None,) * 4
+        dx, grad_weight, grad_bias, _ = norm_backward(
+            grad_normed, grad_x, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[1:3]
+        )
+        return dx, grad_weight, grad_bias, None, None
+
+
+class _NormLinear(torch.autograd.Function):
+    """The same with the linear layer behind the norm, whose output is all that is not kept."""
+
+    @staticmethod
+    def forward(x, norm_weight, norm_bias, weight, bias, eps, dtype):
+        normed = torch.ops.catkernels.norm_forward(x, norm_weight, norm_bias, eps, dtype)
+        weight, bias = cast(dtype, weight, bias)
+        return F.linear(normed, weight, bias), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, bias, ctx.eps, ctx.dtype = inputs
+        # the parameters and no casts of them: what shards a model frees those and not these
+        ctx.save_for_backward(*tensors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_x):
+        if grad_out is None:
+            return grad_x, *(None,) * 6
+        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        _, *needs_norm, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        dx, grad_norm_weight, grad_norm_bias, normed = norm_backward(
+            grad_out @ weight.to(ctx.dtype),
+            grad_x,
+            x,
+            norm_weight,
+            norm_bias,
+            ctx.eps,
+            needs_norm,
+            needs_normed=needs_weight,
+        )
+        grad_weight = grad_bias = None
+        rows = grad_out.flatten(0, -2)
+        if needs_weight:
+            grad_weight = (rows.T @ normed.flatten(0, -2)).to(weight.dtype)
+        if needs_bias:
+            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return dx, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None
+
+
+def norm_backward(
+    grad_normed: Tensor,
+    grad_x: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    needs_parameters: tuple[bool, bool],
+    needs_normed: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, weight and bias, and the norm's output in the dtype of its gradient.
+
+    Args:
+        grad_normed: gradient of the norm's output, (.., C).
+        grad_x: what reaches x around the norm, or None.
+        needs_parameters: whether weight and bias need a gradient.
+    """
+    needs_weight, needs_bias = needs_parameters
+    dx, grad_parameters, normed = call_once_differentiable(
+        torch.ops.catkernels.norm_backward,
+        "a block's norms",
+        grad_normed,
+        grad_x,
+        x,
+        weight,
+        bias,
+        eps,
+        needs_weight or needs_bias,
+        needs_normed,
+    )
+    return (
+        dx,
+        grad_parameters[0].to(weight.dtype) if needs_weight else None,
+        grad_parameters[1].to(bias.dtype) if needs_bias else None,
+        normed if needs_normed else None,
+    )
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in a dtype, those that are there."""
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _forward(x, weight, bias, eps, dtype):
+    out = _forward_outputs(x, weight, bias, eps, dtype)
+    if out.numel():
+        from catkernels.kernels.dense.norm import norm_forward
+
+        norm_forward(*contiguous(x, weight, bias), out, eps)
+    return out
+
+
+def _forward_outputs(x, weight, bias, eps, dtype):
+    """The norm's output, not written yet."""
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _backward(grad_normed, grad_x, x, weight, bias, eps, needs_parameters, needs_normed):
+    outputs = _backward_outputs(
+        grad_normed, grad_x, x, weight, bias, eps, needs_parameters, needs_normed
+    )
+    dx, grad_parameters, normed = outputs
+    if dx.numel():
+        from catkernels.kernels.dense.norm import norm_backward
+
+        norm_backward(
+            *contiguous(x, grad_normed, grad_x, weight, bias),
+            dx,
+            grad_parameters if needs_parameters else None,
+            normed if needs_normed else None,
+            eps,
+        )
+    else:
+        grad_parameters.zero_()
+    return outputs
+
+
+def _backward_outputs(grad_normed, grad_x, x, weight, bias, eps, needs_parameters, needs_normed):
+    """Gradients of x and, (2, C), of weight and bias; the norm's output. Empty if not needed."""
+    parameters = (2, x.shape[-1]) if needs_parameters else (0,)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(parameters, dtype=torch.float32),
+        grad_normed.new_empty(x.shape if needs_normed else (0,)),
+    )
+
+
+def _no_products(*shapes, **_) -> int:
+    """FLOPs are those of products, of which a norm has none."""
+    return 0
+
+
+define_operator(
+    "norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor",
+    _forward,
+    _forward_outputs,
+    _no_products,
+)
+define_operator(
+    "norm_backward(Tensor grad_normed, Tensor? grad_x, Tensor x, Tensor weight, Tensor? bias, "
+    "float eps, bool needs_parameters, bool needs_normed) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_outputs,
+    _no_products,
+)
