@@ -1,9 +1,9 @@
-"""Render stored benchmark runs: the README's tables and each device's figures.
+"""Render stored benchmark runs: the tables of benchmarks/README.md and each device's figures.
 
     python -m benchmarks.report [RUN.json ...]
 
 Runs that are named are first filed under benchmarks/results/<device>/. Everything there is then
-rendered: tables between the markers in README.md, figures beside the runs.
+rendered: tables between the markers in benchmarks/README.md, figures beside the runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from benchmarks import figures
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 MODELS = {"tiny": "CAT-T", "small": "CAT-S, CAT-B"}
@@ -166,7 +166,7 @@ def _noisy(row: dict) -> str:
 
 
 def render(devices: list[Device]) -> str:
-    """What stands between the README's markers."""
+    """What stands between the markers of benchmarks/README.md."""
     lines = [
         "Each cell has this package's time and its speed-up over the official operations, timed",
         "in turn with it. For the attentions the fastest peer's speed-up stands in brackets:",
@@ -198,7 +198,7 @@ def insert(text: str, rendered: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"README.md needs one {BEGIN} and one {END} after it")
+        raise ValueError(f"benchmarks/README.md needs one {BEGIN} and one {END} after it")
     return f"{before}{BEGIN}\n{rendered}\n{END}{after}"
 
 

@@ -12,9 +12,9 @@
 #   profile   metrics of the main kernels by ncu, where it is installed
 #
 # Without parts, all of them in this order. OUT gets log.txt and one file for each part that
-# measures; `python -m benchmarks.report OUT/{ipsa,cpsa,model}.json` then makes the README's tables
-# and the figures. A part that runs out of time keeps what it has; tune goes on with its file when
-# it is run again.
+# measures; `python -m benchmarks.report OUT/{ipsa,cpsa,model}.json` then makes the tables of
+# benchmarks/README.md and the figures. A part that runs out of time keeps what it has; tune goes
+# on with its file when it is run again.
 # Nothing is installed or downloaded: the package is taken from this checkout.
 #
 # Where there is no GPU each part runs at a tiny size: it shows that the part works, and no figure

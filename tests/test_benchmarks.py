@@ -149,7 +149,9 @@ ROOT = Path(__file__).parent.parent
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "--benchmark", "-p", "no:cacheprovider", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # pytest-benchmark times nothing where it finds the variables of a pytest-xdist worker
+    left_out = ("TRITON_INTERPRET", "PYTEST_XDIST")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
     )

@@ -369,5 +369,5 @@ def test_the_load_that_the_readme_shows(tmp_path):
     torch.save(weights, tmp_path / "official_layout.pth")
     backbone = catkernels.cat_tiny(img_size=384, out_indices=(0, 1, 2, 3))
     report = load_checkpoint(backbone, tmp_path / "official_layout.pth")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(catkernels.__file__).parent / "patching" / "README.md").read_text()
     assert f'"official_layout.pth"))\n{report}\n```' in readme

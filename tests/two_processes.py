@@ -76,7 +76,7 @@ def mesh() -> DeviceMesh:
 
 
 def sharded(model: nn.Module, **options) -> nn.Module:
-    """FSDP2 as README has it: every block, then the rest."""
+    """FSDP2 as patching/README.md has it: every block, then the rest."""
     for module in model.modules():
         if hasattr(module, "attn_type"):
             fully_shard(module, mesh=mesh(), **options)
