@@ -90,7 +90,7 @@ class Configuration:
                 grads = (torch.empty_like(t) for t in (x, folded, bias))
                 cpsa_backward(out, x, folded, seed, *grads, 7, dropout_p)
         helpers = ("cpsa_prepare_weights_kernel", "cpsa_sum_partials_kernel")
-        return [asdict(resources) for resources in compiled if resources.kernel not in helpers]
+        return [asdict(k.resources()) for k in compiled if k.kernel not in helpers]
 
 
 def shipped() -> Iterator[Configuration]:

@@ -53,9 +53,9 @@ class Configuration:
     def compile(self) -> list[dict]:
         """What the part's kernels need."""
         torch.backends.cuda.matmul.fp32_precision = STREAMS[self.precision][1]
-        with compiling_for(self.target) as resources:
+        with compiling_for(self.target) as launched:
             PARTS[self.part](self)
-        return [asdict(kernel) for kernel in resources]
+        return [asdict(kernel.resources()) for kernel in launched]
 
     def map(self, channels: int = 0, *, product: bool = False) -> torch.Tensor:
         """A map of the residual stream, or of what products give."""

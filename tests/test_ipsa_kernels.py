@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -164,20 +165,41 @@ def test_gradients_of_the_qkv_bias_cancel(device, launches):
     torch.testing.assert_close(dv + dv_inside, grad_out.sum((0, 1, 2)), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [PADDED, PACKED], ids=str)
-def test_same_bits_for_any_chunking(case, device, launches, monkeypatch):
-    from catkernels.kernels.ipsa import launch
+def launching(**changes: int) -> AbstractContextManager:
+    """Kernels are launched with these fields of their launches changed."""
+    from catkernels.kernels.launch import overriding
 
+    return overriding(lambda table, problem, launch: replace(launch, **changes))
+
+
+@pytest.mark.parametrize("case", [PADDED, PACKED], ids=str)
+def test_same_bits_for_any_chunking(case, device, launches):
+    """But for the table's gradient, whose sums follow the chunks."""
     case = replace(case, dropout_p=0.25)
     inputs = case.inputs(torch.float32, device)
     by_chunking = []
     for programs in (1, 7, 10**6):
-        monkeypatch.setattr(launch, "PROGRAMS", programs)
         torch.manual_seed(0)
-        by_chunking.append(results(case.attend, inputs, random_grad(case, inputs["qkv"])))
+        with launching(num_programs=programs):
+            by_chunking.append(results(case.attend, inputs, random_grad(case, inputs["qkv"])))
     for other in by_chunking[1:]:
         for name in ("out", "dqkv"):
             assert torch.equal(by_chunking[0][name], other[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", [PLAIN, PADDED, replace(PLAIN, dropout_p=0.25)], ids=str)
+def test_same_bits_without_fetching_ahead(case, device, launches):
+    """What is copied while another tile is multiplied arrives whole."""
+    case = replace(case, batch=256)
+    inputs = case.inputs(torch.bfloat16, device)
+    by_stages = []
+    for stages in (1, 3):
+        torch.manual_seed(0)
+        with launching(num_stages=stages):
+            by_stages.append(results(case.attend, inputs, random_grad(case, inputs["qkv"])))
+    for name, tensor in by_stages[0].items():
+        assert torch.equal(tensor, by_stages[1][name]), name
 
 
 def test_same_bits_from_run_to_run(device, launches, full):

@@ -7,6 +7,7 @@ version of Triton compiles it, in tests/data/.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 
 import pytest
@@ -37,15 +38,18 @@ class Configuration:
     padded: bool = False
     dropout: bool = False
     single: bool = False  # one window, one head: every argument that can be 1 is
+    two_stages: bool = False  # a planted fault: as no launch ships
 
     def __str__(self) -> str:
         words = [self.target, f"N{self.patch_size}", f"D{self.head_dim}", self.precision]
-        return "-".join(words + [w for w in ("padded", "dropout", "single") if getattr(self, w)])
+        flags = ("padded", "dropout", "single", "two_stages")
+        return "-".join(words + [flag for flag in flags if getattr(self, flag)])
 
     def compile(self) -> list[dict]:
         """What the forward and the backward kernel need."""
         from catkernels.kernels.ipsa.backward import ipsa_backward
         from catkernels.kernels.ipsa.forward import ipsa_forward
+        from catkernels.kernels.launch import overriding
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
@@ -64,10 +68,13 @@ class Configuration:
             lse = meta(batch * windows**2, num_heads, self.patch_size**2)
         grad_pixels = meta(batch * windows**2 * self.patch_size**2, 3 * channels, dtype=dtype)
         problem = (num_heads, self.patch_size, self.head_dim**-0.5, 0.1 * self.dropout)
-        with compiling_for(self.target) as compiled:
+        with ExitStack() as stack:
+            compiled = stack.enter_context(compiling_for(self.target))
+            if self.two_stages:
+                stack.enter_context(overriding(lambda *asked: replace(asked[-1], num_stages=2)))
             ipsa_forward(qkv, table, qkv_bias, seed, out, lse, *problem)
             ipsa_backward(out, qkv, table, qkv_bias, seed, lse, grad_pixels, table, *problem)
-        return [asdict(resources) for resources in compiled[:2]]
+        return [asdict(kernel.resources()) for kernel in compiled[:2]]
 
 
 def shipped() -> Iterator[Configuration]:
@@ -102,14 +109,16 @@ SAMPLE = [
     Configuration("sm_80"),
     Configuration("sm_100"),
     Configuration("gfx942"),
-    Configuration("sm_90", single=True),
 ]
+TWO_STAGES = Configuration("sm_90", two_stages=True)
+COMPILABLE = SHIPPED | {str(TWO_STAGES): TWO_STAGES}
 
 
 def check(configuration: Configuration, kernels: list[dict]) -> None:
     """The bars of every configuration, and those of the models' own."""
     target, bits = configuration.target, 16 if "16" in configuration.precision else 32
-    limit = min(TARGETS[target][-1], 99 * 1024)
+    # Hopper's keep two programs resident; the default launches run where there are 99 KiB
+    limit = 113 * 1024 if target == "sm_90" else min(TARGETS[target][-1], 99 * 1024)
     for kernel in kernels:
         assert kernel["shared_bytes"] <= limit, (configuration, kernel)
         assert kernel["stack_bytes"] <= 256, (configuration, kernel)
@@ -126,22 +135,48 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
             narrow = sum(n for width, n in access.items() if not width.endswith("128"))
             assert narrow < access["load128"], (configuration, kernel)
             assert access["store128"] >= 1, (configuration, kernel)
+    if bits == 16 and target.startswith("sm_") and target != "sm_100":
+        check_fetches_ahead(configuration, forward, backward)
     if bits == 16 and configuration.head_dim == 32 and configuration.patch_size in (7, 8):
         both = configuration.padded and configuration.dropout
-        # Triton 3.6 has 3 registers too few for dropout on Ampere
-        short = both or (configuration.dropout and target == "sm_80" and triton_version() < (3, 8))
+        # Triton 3.6 has 2 or 3 registers too few for dropout
+        short = both or (configuration.dropout and triton_version() < (3, 8))
         assert forward["spills"] == 0, configuration
         assert backward["spills"] == 0 or short, (configuration, backward)
         if target == "sm_90":
             special = configuration.padded or configuration.dropout
             assert forward["registers"] <= (255 if both else 168 if special else 128)
-            assert forward["shared_bytes"] <= 32 * 1024
-            assert backward["shared_bytes"] <= 44 * 1024
+            # 5 and 3 resident programs, where registers allow 4 and 2
+            assert forward["shared_bytes"] <= 44 * 1024
+            assert backward["shared_bytes"] <= 58 * 1024
 
 
-def test_bars():
-    for configuration, kernels in compiled(__file__, SHIPPED, SAMPLE).items():
-        check(configuration, kernels)
+def check_fetches_ahead(configuration: Configuration, forward: dict, backward: dict) -> None:
+    """While a tile is multiplied, copies of the next are under way: asked for, not waited for."""
+    hopper, head_dim = configuration.target == "sm_90", configuration.head_dim
+    if head_dim <= (64 if hopper else 32):
+        assert forward["copies_in_flight"] > 0, (configuration, "forward waits for its copies")
+    if hopper and head_dim <= 64 and not configuration.padded:
+        assert backward["copies_in_flight"] > 0, (configuration, "backward waits for its copies")
+
+
+@pytest.fixture(scope="module")
+def sampled() -> dict[Configuration, list[dict]]:
+    return compiled(__file__, COMPILABLE, [*SAMPLE, TWO_STAGES])
+
+
+@pytest.mark.parametrize("configuration", SAMPLE, ids=str)
+def test_bars(configuration, sampled):
+    check(configuration, sampled[configuration])
+
+
+def test_two_stages_fetch_nothing_ahead(sampled):
+    """A fault planted to be found: with it every tile waits for its own copies."""
+    forward, backward = sampled[TWO_STAGES]
+    with pytest.raises(AssertionError, match="forward waits"):
+        check_fetches_ahead(TWO_STAGES, forward, backward)
+    with pytest.raises(AssertionError, match="backward waits"):
+        check_fetches_ahead(TWO_STAGES, {"copies_in_flight": 1}, backward)
 
 
 @pytest.mark.full
@@ -154,4 +189,4 @@ def test_bars_of_everything_shipped():
 
 
 if __name__ == "__main__":
-    main(NAME, __file__, SHIPPED)
+    main(NAME, __file__, SHIPPED, COMPILABLE)

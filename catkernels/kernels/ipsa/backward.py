@@ -209,11 +209,12 @@ def ipsa_backward(
     with on_device(qkv.device):
         problem = Problem.of(qkv, num_heads, patch_size, scale, dropout_p)
         launch = launched_as(backward_launch, problem)
+        num_chunks = launch.num_chunks(problem)
         bias_partial = None
         if grad_table is not None:
-            size = (problem.num_chunks, num_heads, TILE, TILE)
+            size = (num_chunks, num_heads, TILE, TILE)
             bias_partial = qkv.new_empty(size, dtype=torch.float32)
-        ipsa_backward_kernel[(problem.num_chunks * num_heads,)](
+        ipsa_backward_kernel[(num_chunks * num_heads,)](
             grad_out,
             qkv,
             bias_table,

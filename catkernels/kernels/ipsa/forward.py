@@ -126,7 +126,7 @@ def ipsa_forward(
     with on_device(qkv.device):
         problem = Problem.of(qkv, num_heads, patch_size, scale, dropout_p)
         launch = launched_as(forward_launch, problem)
-        ipsa_forward_kernel[(problem.num_chunks * num_heads,)](
+        ipsa_forward_kernel[(launch.num_chunks(problem) * num_heads,)](
             qkv,
             bias_table,
             qkv_bias,
