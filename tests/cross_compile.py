@@ -54,6 +54,7 @@ class Resources:
     """What a compiled kernel needs; bytes, or counts of instructions."""
 
     kernel: str
+    hash: str  # of all that it was compiled from
     registers: int
     stack_bytes: int
     spills: int  # loads and stores of spilled registers; on AMD, spilled vector registers
@@ -81,7 +82,8 @@ class Compiled:
             if machine_code is None
             else (_kept(machine_code, _nvidia_resources))
         )
-        return Resources(self.kernel, shared_bytes=self.compiled.metadata.shared, **fields)
+        shared_bytes = self.compiled.metadata.shared
+        return Resources(self.kernel, self.compiled.hash, shared_bytes=shared_bytes, **fields)
 
 
 @contextmanager

@@ -252,6 +252,27 @@ def test_more_windows_than_a_grid_axis_holds(device, launches):
     assert torch.equal(case.attend(**inputs), values)
 
 
+@pytest.mark.parametrize("case", [PADDED, PACKED], ids=str)
+def test_same_bits_with_offsets_of_64_bits(case, device, launches, monkeypatch):
+    from catkernels.kernels.ipsa.launch import Problem
+
+    inputs = case.inputs(torch.float16, device)
+    grad_out = random_grad(case, inputs["qkv"])
+    narrow = results(case.attend, inputs, grad_out)
+    monkeypatch.setattr(Problem, "wide", True)
+    for name, tensor in results(case.attend, inputs, grad_out).items():
+        assert torch.equal(tensor, narrow[name]), name
+
+
+def test_offsets_have_64_bits_where_32_are_too_few(device):
+    """The rows of a window are as far apart as its map is wide."""
+    from catkernels.kernels.ipsa.launch import Problem
+
+    for width, is_wide in ((10**6, False), (1065221, True)):
+        qkv = torch.empty(1, 7, width, 3 * 96, device="meta")
+        assert Problem.of(qkv, 3, 7, 0.2, 0.0).wide == is_wide
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.full
 def test_more_elements_than_32_bits_count(device, launches):

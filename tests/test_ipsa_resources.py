@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ NAME = "ipsa_resources"
 
 @dataclass(frozen=True)
 class Configuration:
-    """A forward and a backward launch at the sizes of CAT-S, stage 1."""
+    """A forward and a backward pass at the sizes of CAT-S, stage 1."""
 
     target: str
     patch_size: int = 7
@@ -37,25 +38,30 @@ class Configuration:
     precision: str = "bf16"
     padded: bool = False
     dropout: bool = False
-    single: bool = False  # one window, one head: every argument that can be 1 is
+    wide: bool = False  # offsets of 64 bits
     two_stages: bool = False  # a planted fault: as no launch ships
+    sizes: tuple[int, int, int] = (64, 8, 3)  # batch, windows beside each other, heads
 
     def __str__(self) -> str:
         words = [self.target, f"N{self.patch_size}", f"D{self.head_dim}", self.precision]
-        flags = ("padded", "dropout", "single", "two_stages")
-        return "-".join(words + [flag for flag in flags if getattr(self, flag)])
+        flags = ("padded", "dropout", "wide", "two_stages")
+        words += [flag for flag in flags if getattr(self, flag)]
+        if self.sizes != Configuration.sizes:
+            words.append("x".join(map(str, self.sizes)))
+        return "-".join(words)
 
     def compile(self) -> list[dict]:
-        """What the forward and the backward kernel need."""
+        """What the forward kernel, the backward kernel and the table gradient's need."""
         from catkernels.kernels.ipsa.backward import ipsa_backward
         from catkernels.kernels.ipsa.forward import ipsa_forward
+        from catkernels.kernels.ipsa.launch import Problem
         from catkernels.kernels.launch import overriding
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
 
         dtype, torch.backends.cuda.matmul.fp32_precision = PRECISIONS[self.precision]
-        batch, num_heads, windows = (1, 1, 1) if self.single else (64, 3, 8)
+        batch, windows, num_heads = self.sizes
         channels = num_heads * self.head_dim
         side = windows * self.patch_size - self.padded
         qkv = meta(batch, side, side, 3 * channels, dtype=dtype)
@@ -69,12 +75,14 @@ class Configuration:
         grad_pixels = meta(batch * windows**2 * self.patch_size**2, 3 * channels, dtype=dtype)
         problem = (num_heads, self.patch_size, self.head_dim**-0.5, 0.1 * self.dropout)
         with ExitStack() as stack:
+            if self.wide:
+                stack.enter_context(mock.patch.object(Problem, "wide", True))
             compiled = stack.enter_context(compiling_for(self.target))
             if self.two_stages:
                 stack.enter_context(overriding(lambda *asked: replace(asked[-1], num_stages=2)))
             ipsa_forward(qkv, table, qkv_bias, seed, out, lse, *problem)
             ipsa_backward(out, qkv, table, qkv_bias, seed, lse, grad_pixels, table, *problem)
-        return [asdict(kernel.resources()) for kernel in compiled[:2]]
+        return [asdict(kernel.resources()) for kernel in compiled]
 
 
 def shipped() -> Iterator[Configuration]:
@@ -85,7 +93,7 @@ def shipped() -> Iterator[Configuration]:
             for padded in (False, True):
                 for dropout in (False, True):
                     yield replace(model, patch_size=patch_size, padded=padded, dropout=dropout)
-        yield replace(model, single=True)
+        yield replace(model, wide=True)
         yield replace(model, precision="fp16")
         for patch_size in range(1, 7):
             yield replace(model, patch_size=patch_size, padded=patch_size > 1)
@@ -111,7 +119,12 @@ SAMPLE = [
     Configuration("gfx942"),
 ]
 TWO_STAGES = Configuration("sm_90", two_stages=True)
-COMPILABLE = SHIPPED | {str(TWO_STAGES): TWO_STAGES}
+BATCHES = [(batch, 2, 3) for batch in (1, 2, 3, 16, 200, 256)]
+SIZES = [
+    Configuration("sm_90", sizes=sizes)
+    for sizes in [*BATCHES, (1, 1, 1), (16, 1, 3), (1, 16, 1), (1, 1, 16)]
+]
+COMPILABLE = SHIPPED | {str(c): c for c in [TWO_STAGES, *SIZES]}
 
 
 def check(configuration: Configuration, kernels: list[dict]) -> None:
@@ -122,15 +135,16 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
     for kernel in kernels:
         assert kernel["shared_bytes"] <= limit, (configuration, kernel)
         assert kernel["stack_bytes"] <= 256, (configuration, kernel)
+    for kernel in kernels[:2]:
         if target.startswith("sm_") and configuration.precision == "fp32":
             assert kernel["matrix_products"] == 0, "plain float32 became TF32"
         elif bits == 16:
             assert kernel["matrix_products"] > 0
-    forward, backward = kernels
+    forward, backward, _ = kernels
     if bits == 16 and target.startswith("sm_") and configuration.head_dim >= 32:
         # the map moves 16 bytes at a time; the few narrow accesses are the log-sum-exp's and,
         # where the map is padded, the qkv bias's
-        for kernel in kernels:
+        for kernel in kernels[:2]:
             access = kernel["loop_global_access"]
             narrow = sum(n for width, n in access.items() if not width.endswith("128"))
             assert narrow < access["load128"], (configuration, kernel)
@@ -162,7 +176,7 @@ def check_fetches_ahead(configuration: Configuration, forward: dict, backward: d
 
 @pytest.fixture(scope="module")
 def sampled() -> dict[Configuration, list[dict]]:
-    return compiled(__file__, COMPILABLE, [*SAMPLE, TWO_STAGES])
+    return compiled(__file__, COMPILABLE, [*SAMPLE, TWO_STAGES, *SIZES])
 
 
 @pytest.mark.parametrize("configuration", SAMPLE, ids=str)
@@ -172,11 +186,24 @@ def test_bars(configuration, sampled):
 
 def test_two_stages_fetch_nothing_ahead(sampled):
     """A fault planted to be found: with it every tile waits for its own copies."""
-    forward, backward = sampled[TWO_STAGES]
+    forward, backward, _ = sampled[TWO_STAGES]
     with pytest.raises(AssertionError, match="forward waits"):
         check_fetches_ahead(TWO_STAGES, forward, backward)
     with pytest.raises(AssertionError, match="backward waits"):
         check_fetches_ahead(TWO_STAGES, {"copies_in_flight": 1}, backward)
+
+
+def test_compiles_once_for_any_batch(sampled):
+    """And for any map and number of heads, those whose every argument is 1 or 16 included."""
+    kernels = [kernel for sizes in SIZES for kernel in sampled[sizes]]
+    compilations = {kernel["kernel"]: set() for kernel in kernels}
+    for kernel in kernels:
+        compilations[kernel["kernel"]].add(kernel["hash"])
+    assert {name: len(hashes) for name, hashes in compilations.items()} == {
+        "ipsa_forward_kernel": 1,
+        "ipsa_backward_kernel": 1,
+        "ipsa_table_gradient_kernel": 1,
+    }
 
 
 @pytest.mark.full

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from catkernels.kernels.ipsa.launch import TILE, Problem, backward_launch
 from catkernels.kernels.ipsa.window import (
+    COUNTS,
     apart,
     bias_tile,
     dot_apart,
@@ -24,7 +25,7 @@ from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import LOG2E, chunk_bounds, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def ipsa_backward_kernel(
     grad_out_ptr,
     qkv_ptr,
@@ -49,6 +50,7 @@ def ipsa_backward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     SCORE_UNIT: tl.constexpr,
 ):
@@ -74,7 +76,7 @@ def ipsa_backward_kernel(
     for tile in tl.range(first, last):
         windows = tl.minimum(num_windows - tile * WINDOWS, WINDOWS)
         window_pixel, offset, inside, is_token = window_pixels(
-            tile, height, width, num_windows, PATCH, WINDOWS, TILE, PADDED
+            tile, height, width, num_windows, PATCH, WINDOWS, TILE, PADDED, WIDE
         )
         qkv_rows = pixel_rows(qkv_ptr, window_pixel, offset, 3 * channels)
         do_rows = pixel_rows(grad_out_ptr, window_pixel, offset, channels)
@@ -147,7 +149,7 @@ def ipsa_backward_kernel(
         tl.store(partial_ptr + token[:, None] * TILE + token[None, :], bias_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def ipsa_table_gradient_kernel(
     grad_bias_ptr,
     grad_table_ptr,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from catkernels.kernels.ipsa.launch import Problem, forward_launch
 from catkernels.kernels.ipsa.window import (
+    COUNTS,
     apart,
     bias_tile,
     dot_apart,
@@ -22,7 +23,7 @@ from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import LOG2E, chunk_bounds, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def ipsa_forward_kernel(
     qkv_ptr,
     table_ptr,
@@ -43,6 +44,7 @@ def ipsa_forward_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     SCORE_UNIT: tl.constexpr,
 ):
@@ -64,7 +66,7 @@ def ipsa_forward_kernel(
     for tile in tl.range(first, last):
         windows = tl.minimum(num_windows - tile * WINDOWS, WINDOWS)
         window_pixel, offset, inside, is_token = window_pixels(
-            tile, height, width, num_windows, PATCH, WINDOWS, TILE, PADDED
+            tile, height, width, num_windows, PATCH, WINDOWS, TILE, PADDED, WIDE
         )
         qkv_rows = pixel_rows(qkv_ptr, window_pixel, offset, 3 * channels)
         out_rows = pixel_rows(out_ptr, window_pixel, offset, channels)

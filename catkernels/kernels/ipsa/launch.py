@@ -136,6 +136,11 @@ class Problem(MapProblem):
     def windows_per_tile(self) -> int:
         return TILE // self.patch_size**2
 
+    @property
+    def wide(self) -> bool:
+        """Whether offsets into one window need 64 bits."""
+        return self.patch_size * self.width * 3 * self.num_heads * self.head_dim >= 2**31
+
     def arguments(self) -> dict[str, int | float | str]:
         """The arguments by value and the constants that both kernels take."""
         # scores in units of log 2 save a product per weight; float32 would feel their rounding
@@ -154,6 +159,7 @@ class Problem(MapProblem):
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": min(block_d, MAX_BLOCK_D[self.dtype.itemsize]),
             "PADDED": self.padded,
+            "WIDE": self.wide,
             "PRECISION": self.precision,
             "SCORE_UNIT": score_unit,
         }

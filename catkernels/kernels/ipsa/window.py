@@ -10,6 +10,10 @@ import triton.language as tl
 
 from catkernels.kernels.tiles import dot, keep_word
 
+# Arguments that count. Compiling for what they are (1, or a multiple of 16) would make no address
+# better aligned, since channels come in heads, but would compile anew for other batches.
+COUNTS = ["height", "width", "num_heads", "num_windows", "num_pixels", "drop_threshold"]
+
 
 @triton.jit
 def window_position(
@@ -42,13 +46,14 @@ def window_pixels(
     WINDOWS: tl.constexpr,
     TILE: tl.constexpr,
     PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Where the tokens of a tile lie on the map.
 
     Returns:
         window_pixel: index of the window's first pixel on the (B, H, W) map, int64; a scalar for a
             tile of one window, [TILE] for several.
-        offset: [TILE], from there to the token's pixel.
+        offset: [TILE], from there to the token's pixel; int64 where ``WIDE``.
         inside: [TILE], whether the token is a pixel of the map.
         is_token: [TILE], whether the token is a pixel of a window, inside or beside the map.
     """
@@ -62,7 +67,8 @@ def window_pixels(
     if PADDED:
         inside = is_token & (top + y < height) & (left + x < width)
     window_pixel = (tl.cast(image, tl.int64) * height + top) * width + left
-    return window_pixel, y * width + x, inside, is_token
+    row = y.to(tl.int64) if WIDE else y
+    return window_pixel, row * width + x, inside, is_token
 
 
 @triton.jit
