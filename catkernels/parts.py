@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from catkernels.arguments import check_patch_size
 from catkernels.torch_state.hooks import is_intercepted
+from catkernels.torch_state.tensors import is_wrapper
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     if type(module) is not nn.Linear or is_intercepted(module):
         return False
-    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
+    return not any(map(is_wrapper, module.parameters()))
 
 
 def _computes_linearly(module: nn.Module) -> bool:
