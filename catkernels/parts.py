@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from catkernels.arguments import check_patch_size
+from catkernels.reference import num_patches
 from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.tensors import is_wrapper
 
@@ -129,7 +130,7 @@ class BlockParts:
         """P where the map's size is known, else two, as if for any size with more than one."""
         side = self.side or 1
         height, width = self.map_size or (side, 2 * side)
-        return -(-height // side) * -(-width // side)
+        return num_patches(height, width, side)
 
 
 def has_official_parts(attn: nn.Module) -> bool:

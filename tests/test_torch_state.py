@@ -24,6 +24,7 @@ PRIVATE_ENDS = [
     "_C._functorch.peek_interpreter_stack",
     "_C._functorch.get_interpreter_stack",
     "_C._functorch.TransformType.Vmap",
+    "_C._is_tracing",
     "_C._len_torch_dispatch_stack",
     "autograd.forward_ad._current_level",
     "overrides._get_current_function_mode_stack",
