@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch.nn.functional as F
@@ -27,10 +26,9 @@ def official_provider(shape: Shape, inputs: Inputs) -> Callable[[], Tensor]:
     for layer in ("qkv", "proj"):
         for name in ("weight", "bias"):
             setattr(getattr(module, layer), name, inputs[f"{layer}_{name}"])
-    block = SimpleNamespace(attn=module, patch_size=side)
 
     def attend() -> Tensor:
-        output = official.CATBlock.attend_across(block, pad_to_patches(x, side))
+        output = official.attend_across(module, pad_to_patches(x, side), side)
         return output[:, : shape.height, : shape.width]
 
     return attend

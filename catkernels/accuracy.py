@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def assert_draws_within_error_budget(
         OutOfBudget: a result is over it.
         ValueError: nothing was drawn, or the tensors cannot be compared.
     """
-    pools = defaultdict(lambda: ([], [], []))
+    pools: dict[str, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], []))
     for draw in draws:
         for name, results in draw.items():
             # a power of two: exact in every dtype
@@ -103,13 +104,14 @@ def assert_draws_within_error_budget(
                 pool.append(result.flatten() / unit)
     if not pools:
         raise ValueError(f"{label}: nothing was drawn")
-    return max(
-        assert_within_error_budget(*map(torch.cat, pool), f"{label}: {name}")
-        for name, pool in pools.items()
-    )
+    used = []
+    for name, pooled in pools.items():
+        actual, same_dtype, float64 = map(torch.cat, pooled)
+        used.append(assert_within_error_budget(actual, same_dtype, float64, f"{label}: {name}"))
+    return max(used)
 
 
-def tf32_products() -> contextlib.AbstractContextManager:
+def tf32_products() -> contextlib.AbstractContextManager[object]:
     """Where torch's setting allows TF32, a context in which plain PyTorch's products do use it.
 
     By itself PyTorch takes exact products for sizes that suit tensor cores badly, such as tokens of
@@ -119,7 +121,9 @@ def tf32_products() -> contextlib.AbstractContextManager:
 
 
 class _TF32Products(TorchDispatchMode):
-    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
         options = options or {}
         # in inference mode what consists of products comes here whole
         with self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def check_backend(backend: str) -> Backend:
     """``backend`` itself, where it is one."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    return cast(Backend, backend)
+    return backend
 
 
 def check_patch_size(patch_size: int | tuple[int, int]) -> int:

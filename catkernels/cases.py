@@ -11,6 +11,7 @@ from torch import Tensor
 from catkernels import reference
 from catkernels.dropout import kept
 from catkernels.ops import cpsa, ipsa
+from catkernels.reference import ceil_div, num_patches
 
 Inputs = dict[str, Tensor | None]
 
@@ -37,27 +38,34 @@ class Shape:
 
     @property
     def num_patches(self) -> int:
-        return -(-self.height // self.patch_size) * -(-self.width // self.patch_size)
+        return num_patches(self.height, self.width, self.patch_size)
 
 
-def cat_stages(model: str = "small", image: int | tuple[int, int] = 224, batch: int = 1):
+def cat_stages(
+    model: str = "small", image: int | tuple[int, int] = 224, batch: int = 1
+) -> list[Shape]:
     """The four stages of CAT-T ("tiny") or of CAT-S and CAT-B ("small") as shapes.
 
     Image sides that are no multiple of 4 are padded at the bottom and right, as the model does.
     """
     channels, heads = {"tiny": (64, 2), "small": (96, 3)}[model]
     height, width = (image, image) if isinstance(image, int) else image
-    height, width = -(-height // 4), -(-width // 4)
+    height, width = ceil_div(height, 4), ceil_div(width, 4)
     stages = []
     for stage in range(4):
         name = f"{model}-stage{stage + 1}-{height}x{width}-b{batch}"
         stages.append(Shape(name, batch, height, width, channels << stage, heads << stage))
-        height, width = -(-height // 2), -(-width // 2)
+        height, width = ceil_div(height, 2), ceil_div(width, 2)
     return stages
 
 
 def make_ipsa_inputs(
-    shape: Shape, dtype=torch.float32, device="cpu", *, table_dtype=None, seed=0
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    table_dtype: torch.dtype | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """``qkv``, ``bias_table`` (in ``table_dtype``) and ``qkv_bias`` for `ipsa_attention`."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +83,12 @@ def make_ipsa_inputs(
 
 
 def make_cpsa_inputs(
-    shape: Shape, dtype=torch.float32, device="cpu", *, weight_std: float | None = None, seed=0
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    weight_std: float | None = None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """``x`` and the four weights (std 1/N by default) for `cpsa_attention`."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ Parameters have the names of the official implementation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,41 @@ from torch.utils.checkpoint import checkpoint
 
 from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
 from catkernels.block import CATBlock
-from catkernels.reference import to_map
+from catkernels.reference import ceil_div, to_map
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CATOptions(TypedDict, total=False):
+    """The arguments of `CAT`, for type checkers and editors of the functions that pass them on."""
+
+    img_size: int | tuple[int, int]
+    patch_emb_size: int | tuple[int, int]
+    in_chans: int
+    num_classes: int
+    embed_dim: int
+    depths: Sequence[int]
+    num_heads: Sequence[int]
+    patch_size: int | tuple[int, int]
+    mlp_ratio: float
+    qkv_bias: bool
+    qk_scale: float | None
+    drop_rate: float
+    ipsa_attn_drop: float
+    cpsa_attn_drop: float
+    drop_path_rate: float
+    norm_layer: Callable[[int], nn.Module]
+    ape: bool
+    patch_norm: bool
+    slice_emb: bool
+    use_checkpoint: bool
+    out_indices: Sequence[int] | None
+    backend: Backend
+
 
 # The paper's models (table 1 and the official configurations), as arguments of `CAT`.
-VARIANTS: dict[str, dict] = {
+VARIANTS: dict[str, CATOptions] = {
     "cat_tiny": {
         "embed_dim": 64,
         "depths": (1, 1, 3, 1),
@@ -120,35 +152,26 @@ class CAT(nn.Module):
         self.out_indices = None if out_indices is None else tuple(out_indices)
         self.num_features = [embed_dim << stage for stage in range(stages)]
         self.patch_size = check_patch_size(patch_size)
-        img_size, patch_emb_size = _pair(img_size), _pair(patch_emb_size)
+        (height, width), patch = _pair(img_size), _pair(patch_emb_size)
 
         embedding = PatchSliceEmbedding if slice_emb else PatchEmbedding
-        self.patch_embed = embedding(
-            patch_emb_size, in_chans, embed_dim, norm_layer if patch_norm else None
-        )
+        self.patch_embed = embedding(patch, in_chans, embed_dim, norm_layer if patch_norm else None)
         # the official models floor the grid of the embedding, so their weights have this size
-        self.ape_grid = tuple(
-            max(1, side // patch) for side, patch in zip(img_size, patch_emb_size, strict=True)
-        )
+        self.ape_grid = rows, columns = max(1, height // patch[0]), max(1, width // patch[1])
+        self.ape: nn.Parameter | None = None
         if ape:
-            rows, columns = self.ape_grid
-            shape = (1, rows * columns, embed_dim)
-            if self.is_backbone:
-                shape = (1, embed_dim, rows, columns)
+            tokens = (1, rows * columns, embed_dim)
+            shape = (1, embed_dim, rows, columns) if self.is_backbone else tokens
             self.ape = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
-        else:
-            self.ape = None
         self.pos_drop = nn.Dropout(check_probability("drop_rate", drop_rate))
 
         # on the CPU also where the model is built on the meta device
         last = check_probability("drop_path_rate", drop_path_rate)
         drop_paths = torch.linspace(0, last, sum(depths), device="cpu").tolist()
-        grid = tuple(
-            -(-side // patch) for side, patch in zip(img_size, patch_emb_size, strict=True)
-        )
+        rows, columns = ceil_div(height, patch[0]), ceil_div(width, patch[1])
         self.layers = nn.ModuleList()
         for stage, depth in enumerate(depths):
-            resolution = tuple(-(-side // 2**stage) for side in grid)
+            resolution = ceil_div(rows, 2**stage), ceil_div(columns, 2**stage)
             self.layers.append(
                 self._make_layer(
                     dim=self.num_features[stage],
@@ -170,17 +193,17 @@ class CAT(nn.Module):
                     backend=check_backend(backend),
                 )
             )
-        if self.is_backbone:
-            for stage in self.out_indices:
-                self.add_module(f"norm{stage}", norm_layer(self.num_features[stage]))
-        else:
+        if self.out_indices is None:
             self.norm = norm_layer(self.num_features[-1])
             self.head = (
                 nn.Linear(self.num_features[-1], num_classes) if num_classes else nn.Identity()
             )
+        else:
+            for stage in self.out_indices:
+                self.add_module(f"norm{stage}", norm_layer(self.num_features[stage]))
         self.apply(init_weights)
 
-    def _make_layer(self, *, input_resolution: tuple[int, int], **options) -> nn.Module:
+    def _make_layer(self, *, input_resolution: tuple[int, int], **options: Any) -> nn.Module:
         """A stage. Ours runs at any resolution; the official one asks for it."""
         return CATLayer(**options)
 
@@ -190,7 +213,7 @@ class CAT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Images (B, in_chans, H, W) -> logits (B, num_classes), or maps (B, C_i, H_i, W_i)."""
-        if not self.is_backbone:
+        if self.out_indices is None:
             return self.head(self.forward_features(images))
         outputs = []
         for stage, x in enumerate(self.stage_maps(images)):
@@ -208,18 +231,15 @@ class CAT(nn.Module):
         """The output (B, H_i, W_i, C_i) of each stage in turn, before its norm."""
         x = self.patch_embed(images)
         if self.ape is not None:
-            x = x + self._position_embedding(*x.shape[1:3])
+            x = x + self._position_embedding(self.ape, *x.shape[1:3])
         x = self.pos_drop(x)
         for layer in self.layers:
             out, x = layer(x)
             yield out
 
-    def _position_embedding(self, height: int, width: int) -> Tensor:
+    def _position_embedding(self, ape: Tensor, height: int, width: int) -> Tensor:
         """The absolute position embedding, resized where need be: (1, height, width, C)."""
-        if self.is_backbone:
-            grid = self.ape
-        else:
-            grid = to_map(self.ape, *self.ape_grid).permute(0, 3, 1, 2)
+        grid = ape if self.is_backbone else to_map(ape, *self.ape_grid).permute(0, 3, 1, 2)
         if (height, width) != self.ape_grid:
             grid = F.interpolate(grid, (height, width), mode="bicubic")
         return grid.permute(0, 2, 3, 1)
@@ -233,6 +253,10 @@ class CAT(nn.Module):
 class CATLayer(nn.Module):
     """One stage: ``len(drop_path)`` Cross Attention Blocks, then the patch projection."""
 
+    pre_ipsa_blocks: nn.ModuleList
+    cpsa_blocks: nn.ModuleList
+    post_ipsa_blocks: nn.ModuleList
+
     def __init__(
         self,
         dim: int,
@@ -244,7 +268,7 @@ class CATLayer(nn.Module):
         cpsa_attn_drop: float,
         norm_layer: Callable[[int], nn.Module],
         use_checkpoint: bool,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
@@ -259,7 +283,7 @@ class CATLayer(nn.Module):
             self.add_module(name, nn.ModuleList(blocks))
         self.downsample = PatchProjection(dim, norm_layer) if downsample else None
 
-    def _make_block(self, **options) -> nn.Module:
+    def _make_block(self, **options: Any) -> nn.Module:
         return CATBlock(**options)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,17 +369,17 @@ class PatchProjection(nn.Module):
         return self.reduction(self.norm(torch.cat(_neighbours(x, dims=(1, 2)), -1)))
 
 
-def cat_tiny(**overrides) -> CAT:
+def cat_tiny(**overrides: Unpack[CATOptions]) -> CAT:
     """CAT-T: 16.87 M parameters, 2.8 GMAC at 224 x 224; 80.3 % top-1 on ImageNet in the paper."""
     return CAT(**(VARIANTS["cat_tiny"] | overrides))
 
 
-def cat_small(**overrides) -> CAT:
+def cat_small(**overrides: Unpack[CATOptions]) -> CAT:
     """CAT-S: 37.29 M parameters, 6.1 GMAC at 224 x 224; 81.8 % top-1 on ImageNet in the paper."""
     return CAT(**(VARIANTS["cat_small"] | overrides))
 
 
-def cat_base(**overrides) -> CAT:
+def cat_base(**overrides: Unpack[CATOptions]) -> CAT:
     """CAT-B: 51.53 M parameters, 8.9 GMAC at 224 x 224; 82.8 % top-1 on ImageNet in the paper."""
     return CAT(**(VARIANTS["cat_base"] | overrides))
 
@@ -376,7 +400,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"a size must be a side or (height, width) of at least 1, got {size}")
-    return sides
+    return sides[0], sides[1]
 
 
 def init_weights(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catkernels.reference import relative_position_index
+from catkernels.torch_state.tensors import is_wrapper
 
 # Where training code keeps the weights within a checkpoint.
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
@@ -184,7 +185,7 @@ def _check_loadable(target: Mapping[str, Tensor]) -> None:
             "give it some by model.to_empty(device=...) first"
         )
     # DTensor and its kin: `torch.nn.Module.load_state_dict` would stop at one of them, half done
-    if any(hasattr(value, "__tensor_flatten__") for value in target.values()):
+    if any(map(is_wrapper, target.values())):
         raise ValueError(
             "the model's parameters are sharded or quantised: load them before that, or, where "
             "sharded, by torch.distributed.checkpoint.state_dict.set_model_state_dict"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,10 +56,10 @@ def stage_macs(model: CAT, image_size: int | tuple[int, int] = 224) -> list[Stag
     """The formulas beside the counts for each stage of a model at an image size."""
     height, width = (image_size,) * 2 if isinstance(image_size, int) else image_size
     patch = model.patch_embed.patch_emb_size
-    height, width = -(-height // patch[0]), -(-width // patch[1])
+    height, width = reference.ceil_div(height, patch[0]), reference.ceil_div(width, patch[1])
     rows = []
     for layer in model.layers:
-        block = layer.pre_ipsa_blocks[0]
+        block: Any = layer.get_submodule("pre_ipsa_blocks.0")
         side, heads, channels = block.patch_size, block.attn.num_heads, block.attn.dim
         size = (height + -height % side, width + -width % side)
         shape = (*size, channels)
@@ -77,7 +78,7 @@ def stage_macs(model: CAT, image_size: int | tuple[int, int] = 224) -> list[Stag
                 cpsa_counted=count_macs(cpsa, patches),
             )
         )
-        height, width = -(-height // 2), -(-width // 2)
+        height, width = reference.ceil_div(height, 2), reference.ceil_div(width, 2)
     return rows
 
 
@@ -85,4 +86,4 @@ def count_macs(module: nn.Module, *inputs: torch.Tensor) -> int:
     """What `torch.utils.flop_counter` counts in one forward call, as multiply-accumulates."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(*inputs)
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

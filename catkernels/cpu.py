@@ -52,7 +52,6 @@ def serves(x: Tensor, *others: Tensor | None, dropout_p: float, return_attention
         and not (dropout_p or return_attention)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not is_transformed()
         and not is_observed()
     )

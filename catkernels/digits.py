@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from catkernels.cat import CAT
+from catkernels.cat import CAT, CATOptions
 from catkernels.checkpoint import load_checkpoint
 
+# The side of a digit's map, in pixels.
+IMAGE_SIZE = 16
 # The model, as arguments of `CAT`.
-DIGITS: dict = {
-    "img_size": 16,
+DIGITS: CATOptions = {
+    "img_size": IMAGE_SIZE,
     "patch_emb_size": 1,
     "in_chans": 1,
     "num_classes": 10,
@@ -38,7 +40,7 @@ def pretrained_digits() -> CAT:
     return model.eval()
 
 
-def load_digits(size: int = DIGITS["img_size"]) -> tuple[Tensor, Tensor]:
+def load_digits(size: int = IMAGE_SIZE) -> tuple[Tensor, Tensor]:
     """The images (1797, 1, size, size), -1 (paper) to 1 (ink), and the digits (1797,) they show.
 
     Raises:

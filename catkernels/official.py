@@ -6,6 +6,9 @@ implementation (linhezheng19/CAT); the code is our own. `patch` works on it as o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from catkernels import cat
 from catkernels.block import DropPath, Mlp
+from catkernels.cat import CATOptions
 from catkernels.reference import relative_position_index, to_map
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CAT(cat.CAT):
@@ -29,13 +36,19 @@ class CAT(cat.CAT):
         options: the arguments of `catkernels.CAT`, except ``backend``.
     """
 
-    def __init__(self, *, checkpoint_always: bool = False, pads: bool = False, **options) -> None:
+    def __init__(
+        self,
+        *,
+        checkpoint_always: bool = False,
+        pads: bool = False,
+        **options: Unpack[CATOptions],
+    ) -> None:
         self.layer_class = AlwaysCheckpointedLayer if checkpoint_always else CATLayer
         self.pads = pads
         super().__init__(**options)
 
-    def _make_layer(self, *, input_resolution, backend, **options) -> nn.Module:
-        del backend
+    def _make_layer(self, *, input_resolution: tuple[int, int], **options: Any) -> nn.Module:
+        del options["backend"]
         return self.layer_class(
             input_resolution=None if self.is_backbone or self.pads else input_resolution, **options
         )
@@ -47,6 +60,7 @@ class CATLayer(cat.CATLayer):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         size = x.shape[1:3]
         tokens = x.flatten(1, 2)
+        block: Any  # where patched, one of ours
         for blocks in zip(
             self.pre_ipsa_blocks, self.cpsa_blocks, self.post_ipsa_blocks, strict=True
         ):
@@ -62,7 +76,7 @@ class CATLayer(cat.CATLayer):
             return checkpoint(block, tokens, use_reentrant=False)
         return block(tokens)
 
-    def _make_block(self, **options) -> nn.Module:
+    def _make_block(self, **options: Any) -> nn.Module:
         return CATBlock(**options)
 
 
@@ -93,7 +107,7 @@ class CATBlock(nn.Module):
         drop: float,
         attn_drop: float,
         drop_path: float,
-        norm_layer,
+        norm_layer: Callable[[int], nn.Module],
         attn_type: str,
     ) -> None:
         super().__init__()
@@ -102,7 +116,8 @@ class CATBlock(nn.Module):
         self.patch_size = patch_size
         self.attn_type = attn_type
         if input_resolution is None:
-            self.H = self.W = None
+            self.H: int | None = None
+            self.W: int | None = None
         else:
             self.input_resolution = input_resolution
         self.norm1 = norm_layer(dim)
@@ -120,9 +135,17 @@ class CATBlock(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
 
+    @property
+    def map_size(self) -> tuple[int, int]:
+        if not hasattr(self, "H"):
+            return self.input_resolution
+        if self.H is None or self.W is None:
+            raise ValueError("the block needs the size of its map: set H and W before the call")
+        return self.H, self.W
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, H*W, C) -> the same."""
-        height, width = (self.H, self.W) if hasattr(self, "H") else self.input_resolution
+        height, width = self.map_size
         batch, tokens, channels = x.shape
         if tokens != height * width:
             raise ValueError(f"the block needs {height} x {width} tokens, got {tokens}")
@@ -133,29 +156,17 @@ class CATBlock(nn.Module):
             raise ValueError(f"N={self.patch_size} does not divide the {height} x {width} map")
         x = F.pad(x, (0, 0, 0, right, 0, bottom))
 
-        attend = self.attend_within if self.attn_type == "ipsa" else self.attend_across
-        x = attend(x)[:, :height, :width].reshape(batch, tokens, channels)
+        attend = attend_within if self.attn_type == "ipsa" else attend_across
+        x = attend(self.attn, x, self.patch_size)[:, :height, :width]
+        x = x.reshape(batch, tokens, channels)
         x = shortcut + self.drop_path(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def attend_within(self, x: Tensor) -> Tensor:
-        """IPSA of a map (B, H, W, C) that N divides."""
-        return reverse(self.attn(partition(x, self.patch_size)), self.patch_size, x.shape)
-
-    def attend_across(self, x: Tensor) -> Tensor:
-        """CPSA of a map (B, H, W, C) that N divides."""
-        batch, height, width, channels = x.shape
-        pixels = self.patch_size**2
-        patches = height * width // pixels
-        x_patches = partition(x, self.patch_size).view(batch, patches, pixels, channels)
-        x_patches = x_patches.permute(0, 3, 1, 2).contiguous().view(-1, patches, pixels)
-        x_patches = self.attn(x_patches).view(batch, channels, patches, pixels)
-        x_patches = x_patches.permute(0, 2, 3, 1).contiguous()
-        return reverse(x_patches, self.patch_size, x.shape)
 
 
 class Attention(nn.Module):
     """The attention of both kinds of block, on partitioned tokens (sequences, tokens, dim)."""
+
+    relative_position_index: Tensor
 
     def __init__(
         self,
@@ -200,6 +211,23 @@ class Attention(nn.Module):
             attn = attn + bias.view(tokens, tokens, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
         attn = self.attn_drop(self.softmax(attn))
         return (attn @ v).transpose(1, 2).reshape(sequences, tokens, self.dim)
+
+
+def attend_within(attn: nn.Module, x: Tensor, patch_size: int) -> Tensor:
+    """IPSA of a map (B, H, W, C) that N divides, by what takes (B * windows, N*N, C)."""
+    return reverse(attn(partition(x, patch_size)), patch_size, x.shape)
+
+
+def attend_across(attn: nn.Module, x: Tensor, patch_size: int) -> Tensor:
+    """CPSA of a map (B, H, W, C) that N divides, by what takes (B * C, P, N*N)."""
+    batch, height, width, channels = x.shape
+    pixels = patch_size**2
+    patches = height * width // pixels
+    x_patches = partition(x, patch_size).view(batch, patches, pixels, channels)
+    x_patches = x_patches.permute(0, 3, 1, 2).contiguous().view(-1, patches, pixels)
+    x_patches = attn(x_patches).view(batch, channels, patches, pixels)
+    x_patches = x_patches.permute(0, 2, 3, 1).contiguous()
+    return reverse(x_patches, patch_size, x.shape)
 
 
 def partition(x: Tensor, patch_size: int) -> Tensor:

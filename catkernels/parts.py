@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from catkernels.arguments import check_patch_size
+from catkernels.reference import num_patches
 from catkernels.torch_state.hooks import is_intercepted
+from catkernels.torch_state.tensors import is_wrapper
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class BlockParts:
         """P where the map's size is known, else two, as if for any size with more than one."""
         side = self.side or 1
         height, width = self.map_size or (side, 2 * side)
-        return -(-height // side) * -(-width // side)
+        return num_patches(height, width, side)
 
 
 def has_official_parts(attn: nn.Module) -> bool:
@@ -163,7 +165,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     if type(module) is not nn.Linear or is_intercepted(module):
         return False
-    return not any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
+    return not any(map(is_wrapper, module.parameters()))
 
 
 def _computes_linearly(module: nn.Module) -> bool:

@@ -178,9 +178,14 @@ def relative_position_bias(bias_table: Tensor, patch_size: int) -> Tensor:
     return bias_table[relative_position_index(patch_size, bias_table.device)].permute(2, 0, 1)
 
 
+def ceil_div(size: int, part: int) -> int:
+    """How many parts cover a size."""
+    return -(-size // part)
+
+
 def num_patches(height: int, width: int, patch_size: int) -> int:
     """P, the patches (or windows) of a map whose sides are padded to multiples of N."""
-    return -(-height // patch_size) * -(-width // patch_size)
+    return ceil_div(height, patch_size) * ceil_div(width, patch_size)
 
 
 def pad_to_patches(x: Tensor, patch_size: int, fill: Tensor | None = None) -> Tensor:

@@ -149,9 +149,9 @@ def test_patch_projection_orders_its_neighbours():
 def test_position_embedding_is_resized_with_the_image():
     cat = catkernels.CAT(**THREE_STAGES, img_size=(32, 48), ape=True)
     assert cat.ape.shape == (1, 8 * 12, 8)
-    same = cat._position_embedding(8, 12)
+    same = cat._position_embedding(cat.ape, 8, 12)
     assert torch.equal(same.flatten(1, 2), cat.ape)
-    assert cat._position_embedding(5, 9).shape == (1, 5, 9, 8)
+    assert cat._position_embedding(cat.ape, 5, 9).shape == (1, 5, 9, 8)
     dense = catkernels.CAT(**THREE_STAGES, img_size=(32, 48), ape=True, out_indices=(2,))
     assert dense.ape.shape == (1, 8, 8, 12)
 

@@ -75,12 +75,8 @@ def test_inference_gives_the_same_numbers(attention):
 def test_a_map_is_its_tokens(attention):
     ours, theirs = pair(attention)
     x = torch.randn(2, 14, 14, 12)
-    block = official.CATBlock(
-        12, (14, 14), 3, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, attention
-    )
-    block.attn = theirs
-    expected = block.attend_within(x) if attention == "ipsa" else block.attend_across(x)
-    torch.testing.assert_close(ours(x), expected)
+    attend = official.attend_within if attention == "ipsa" else official.attend_across
+    torch.testing.assert_close(ours(x), attend(theirs, x, 7))
 
 
 @both
@@ -196,15 +192,10 @@ def test_adapters_are_honoured(attention, child, size):
     adapter = LowRank(getattr(theirs, child))
     setattr(ours, child, adapter)
     setattr(theirs, child, adapter)
-    block = official.CATBlock(
-        12, None, 3, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, attention
-    )
-    block.attn, block.norm1 = theirs, nn.Identity()
-    block.H, block.W = size
     x = torch.randn(2, *size, 12)
     padded = torch.nn.functional.pad(x, (0, 0, 0, -size[1] % 7, 0, -size[0] % 7))
-    attend = block.attend_within if attention == "ipsa" else block.attend_across
-    torch.testing.assert_close(ours(x), attend(padded)[:, : size[0], : size[1]])
+    attend = official.attend_within if attention == "ipsa" else official.attend_across
+    torch.testing.assert_close(ours(x), attend(theirs, padded, 7)[:, : size[0], : size[1]])
 
 
 def test_weight_normed_cpsa_refuses_triton():

@@ -200,10 +200,10 @@ def test_an_official_attention_in_a_block_of_ours_gets_its_tokens(wrapped, atten
     if wrapped:
         bare.attn = Arithmetic(bare.attn)
     block.attn = bare.attn
-    attend = bare.attend_within if attention == "ipsa" else bare.attend_across
+    attend = official.attend_within if attention == "ipsa" else official.attend_across
 
     def padded(x):
-        return attend(nn.functional.pad(x, (0, 0, 0, 5, 0, 5)))[:, :9, :16]
+        return attend(bare.attn, nn.functional.pad(x, (0, 0, 0, 5, 0, 5)), 7)[:, :9, :16]
 
     torch.testing.assert_close(block(tokens), restated(block, tokens, padded))
     (row,) = patch(nn.Sequential(block)).blocks

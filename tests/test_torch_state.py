@@ -1,13 +1,164 @@
-"""What `catkernels.torch_state` reads of PyTorch."""
+"""What `catkernels.torch_state` reads of PyTorch, and that nobody else reads what is private.
+
+Where a new version of PyTorch has moved one of the private ends, this file is to fail first.
+"""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import re
+from functools import reduce
+from pathlib import Path
 
 import pytest
-from torch import nn, ones
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 
-from catkernels.torch_state import hooks
+import catkernels
+from catkernels.torch_state import graphs, hooks, modes, tensors, transforms
+
+PACKAGE = Path(catkernels.__file__).parent
+# What our code takes of PyTorch that PyTorch does not document, by where it is found.
+PRIVATE_ENDS = [
+    "_C._functorch.peek_interpreter_stack",
+    "_C._functorch.get_interpreter_stack",
+    "_C._functorch.TransformType.Vmap",
+    "_C._is_tracing",
+    "_C._len_torch_dispatch_stack",
+    "autograd.forward_ad._current_level",
+    "overrides._get_current_function_mode_stack",
+    "utils._device.DeviceContext",
+    "utils._python_dispatch.TorchDispatchMode",
+    "_dynamo.OptimizedModule",
+]
+# The same of every module. All but the last three are read in `torch_state` alone.
+PRIVATE_ATTRIBUTES = [
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_is_full_backward_hook",
+    "_compiled_call_impl",
+    "_non_persistent_buffers_set",
+    "_modules",
+    "_parameters",
+    "_buffers",
+]
+READ_EVERYWHERE = {"_non_persistent_buffers_set", "_modules", "_parameters", "_buffers"}
+
+
+@pytest.mark.parametrize("end", PRIVATE_ENDS)
+def test_pytorch_still_has(end):
+    import torch._dynamo
+
+    reduce(getattr, end.split("."), torch)
+
+
+@pytest.mark.parametrize("attribute", PRIVATE_ATTRIBUTES)
+def test_modules_still_have(attribute):
+    assert hasattr(nn.Linear(1, 1), attribute)
+
+
+def test_no_dictionary_of_hooks_is_overlooked():
+    named = {name for name in vars(nn.Linear(1, 1)) if "hook" in name}
+    assert named <= set(PRIVATE_ATTRIBUTES)
+
+
+def test_nobody_else_reads_what_is_private():
+    attributes = set(PRIVATE_ATTRIBUTES) - READ_EVERYWHERE
+    private = re.compile(
+        r"\btorch(\.\w+)*\._(?!_)(?!python_dispatch import TorchDispatchMode)"
+        rf"|_dynamo_|forward_ad\._|__tensor_flatten__|\b({'|'.join(attributes)})\b"
+    )
+    found = [
+        f"{file.relative_to(PACKAGE)}: {line.strip()}"
+        for file in PACKAGE.rglob("*.py")
+        if "torch_state" not in file.parts
+        for line in file.read_text().splitlines()
+        if private.search(line)
+    ]
+    assert not found
+
+
+def test_a_graph_keeps_the_answer_to_a_constant_question():
+    answers = []
+
+    @graphs.constant_in_graphs
+    def question():
+        answers.append(len(answers))
+        return answers[-1]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + question(), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(1)) == compiled(torch.zeros(1)) == 0
+    assert question() > 0
+
+
+def test_transforms_are_seen_within_only():
+    seen = []
+
+    def look(x):
+        seen.append(
+            (transforms.is_transformed(), transforms.is_forward_mode(), transforms.is_vmap())
+        )
+        return x.sum()
+
+    x = torch.ones(2)
+    look(x)
+    grad(look)(x)
+    vmap(look)(x)
+    jvp(look, (x,), (x,))
+    with forward_ad.dual_level():
+        look(x)
+    look(x)
+    nothing, forward = (False, False, False), (True, True, False)
+    assert seen == [
+        nothing,
+        (True, False, False),
+        (True, False, True),
+        forward,
+        forward,
+        nothing,
+    ]
+
+
+def test_modes_are_seen_within_only():
+    assert not modes.is_observed()
+    for mode in (torch.utils.flop_counter.FlopCounterMode(display=False), Listener()):
+        with mode:
+            assert modes.is_observed()
+    with torch.device("meta"):
+        assert not modes.is_observed()
+    assert not modes.is_observed()
+
+
+class Listener(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        return function(*arguments, **(options or {}))
+
+
+def test_a_tensor_made_of_others_is_a_wrapper():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = torch.ones(2)
+    assert not tensors.is_wrapper(x)
+    assert not tensors.is_wrapper(nn.Parameter(x))
+    assert tensors.is_wrapper(TwoTensor(x, x))
+
+
+def test_what_torch_compile_puts_around_a_module_is_known_by_its_name():
+    module = nn.Linear(1, 1)
+    assert not hooks.wraps_compiled(module)
+    assert hooks.wraps_compiled(torch.compile(module, backend="eager"))
+
 
 REGISTRATIONS = [
     "register_forward_pre_hook",
@@ -15,10 +166,6 @@ REGISTRATIONS = [
     "register_full_backward_pre_hook",
     "register_full_backward_hook",
 ]
-
-
-def double(module, values, *outputs):
-    return (2 * values[0],) if not outputs else 2 * outputs[0]
 
 
 @pytest.mark.parametrize("registration", REGISTRATIONS)
@@ -52,15 +199,3 @@ def test_shared_hooks_are_removed_by_their_handles(registration):
     assert hooks.is_intercepted(target)
     handle.remove()
     assert not hooks.is_intercepted(target)
-
-
-@pytest.mark.parametrize("registration", REGISTRATIONS[:2])
-def test_hooks_set_aside_come_back_whatever_happens(registration):
-    model = nn.Sequential(nn.Identity())
-    handle = getattr(model[0], registration)(double)
-    with suppress(ZeroDivisionError), hooks.hooks_set_aside(model):
-        assert model(ones(1)) == 1
-        raise ZeroDivisionError
-    assert model(ones(1)) == 2
-    handle.remove()
-    assert model(ones(1)) == 1

@@ -13,7 +13,7 @@ from catkernels.ops.operator import (
     draw_seed,
     needs_grad,
 )
-from catkernels.reference import fold_weights
+from catkernels.reference import fold_weights, num_patches
 from catkernels.torch_state.device import (
     interpreting,
     multiplies_float32_matrices,
@@ -173,7 +173,7 @@ def _backward_flops(grad_shape, x_shape, folded_shape, seed, patch_size, *argume
 def _product_flops(x_shape: torch.Size, patch_size: int) -> tuple[int, int, int]:
     """P, and the FLOPs of a product of all tokens with a matrix, and with one another."""
     batch, height, width, channels = x_shape
-    patches = -(-height // patch_size) * -(-width // patch_size)
+    patches = num_patches(height, width, patch_size)
     tokens = batch * channels * patches
     return patches, 2 * tokens * patch_size**4, 2 * tokens * patches * patch_size**2
 

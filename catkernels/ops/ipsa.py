@@ -13,6 +13,7 @@ from catkernels.ops.operator import (
     draw_seed,
     needs_grad,
 )
+from catkernels.reference import num_patches
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
@@ -171,7 +172,7 @@ def _backward_outputs(grad_out, qkv, bias_table, qkv_bias, seed, lse, needs_tabl
 def _num_windows(shape: torch.Size, patch_size: int) -> int:
     """Windows of a batch of maps (B, H, W, 3C), those that reach beyond a map included."""
     batch, height, width, _ = shape
-    return batch * -(-height // patch_size) * -(-width // patch_size)
+    return batch * num_patches(height, width, patch_size)
 
 
 def _forward_flops(qkv_shape, *arguments, **_) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ _implementations: dict[str, Callable] = {}
 
 def define_operator(
     schema: str, implementation: Callable, fake: Callable, flops: Callable
-) -> torch._ops.OpOverloadPacket:
+) -> Callable[..., Any]:
     """Define ``torch.ops.catkernels.<name>``.
 
     Args:

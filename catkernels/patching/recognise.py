@@ -13,7 +13,7 @@ from torch import nn
 from catkernels import reference
 from catkernels.block import CATBlock
 from catkernels.parts import patch_side
-from catkernels.torch_state.hooks import is_compiled
+from catkernels.torch_state.hooks import is_compiled, wraps_compiled
 
 # What a block of ours does as every module does; a class that does it in its own way keeps its way.
 _KEPT_METHODS = ("train", "state_dict", "_load_from_state_dict", "get_extra_state")
@@ -52,7 +52,7 @@ def _placement_reasons(block: nn.Module, parent: nn.Module | None) -> Iterator[s
         yield "it is the model itself: patch the module that holds it"
     if is_sharded(block) or type(parent).__name__ == "FullyShardedDataParallel":
         yield "it is sharded by itself: patch before sharding"
-    if is_compiled(block) or type(parent).__name__ == "OptimizedModule":
+    if is_compiled(block) or (parent is not None and wraps_compiled(parent)):
         yield "it is compiled by itself: patch before compiling"
 
 

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from catkernels.torch_state.graphs import constant_in_graphs
+
 
 def _is_installed(package: str) -> bool:
     """Whether a package could be imported, without importing it."""
@@ -35,15 +37,12 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+@constant_in_graphs
 def multiplies_float32_matrices(device: torch.device) -> bool:
     """Whether a device has matrix instructions for exact float32 products, as AMD's CDNA has."""
     if torch.version.hip is None or device.type != "cuda":
         return False
     return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9")
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the compiler.
-multiplies_float32_matrices._dynamo_marked_constant = True
 
 
 def device_reasons(device: torch.device) -> list[str]:

@@ -12,13 +12,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 def is_observed() -> bool:
-    """Whether a mode sees every operation: a counter of FLOPs, a tracer, one of the user's own.
+    """Whether a trace or a mode sees every operation: a counter of FLOPs, one of the user's own.
 
     What `torch.device` and `torch.set_default_device` set only says where tensors are made.
     """
     functions = torch.overrides._get_current_function_mode_stack()
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        not isinstance(mode, DeviceContext) for mode in functions
+    return (
+        torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or any(not isinstance(mode, DeviceContext) for mode in functions)
     )
 
 

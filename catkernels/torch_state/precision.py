@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from catkernels.torch_state.graphs import constant_in_graphs
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that `torch.nn.functional.linear` would compute with, autocast considered."""
@@ -18,17 +20,13 @@ def autocast_is_on(device: torch.device) -> bool:
     return _knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
 
 
+@constant_in_graphs  # which cannot ask
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a type of device; where there is none, asking for it raises."""
     return torch.amp.is_autocast_available(device_type)
 
 
+@constant_in_graphs  # which cannot ask
 def allows_tf32() -> bool:
     """Whether torch's setting for float32 products allows TF32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the compiler: a graph cannot
-# ask for either, and so keeps the answer of when it was made.
-_knows_autocast._dynamo_marked_constant = True
-allows_tf32._dynamo_marked_constant = True

@@ -1,4 +1,7 @@
-"""Which of PyTorch's function transforms a call is made within."""
+"""Which of PyTorch's function transforms a call is made within.
+
+The answers are constants of a graph, which only serves the transforms that it was made within.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,29 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from catkernels.torch_state.graphs import constant_in_graphs
+
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
+@constant_in_graphs
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None or is_forward_mode()
 
 
+@constant_in_graphs
 def is_forward_mode() -> bool:
     """Whether tensors may carry tangents, by `torch.func.jvp` and its kin or by a dual level."""
     return forward_ad._current_level >= 0
 
 
+@constant_in_graphs
 def is_vmap() -> bool:
     """Whether `torch.func.vmap` is among the transforms at work."""
     functorch = torch._C._functorch
     stack = functorch.get_interpreter_stack() or ()
     return any(transform.key() == functorch.TransformType.Vmap for transform in stack)
-
-
-# What `torch.compiler.assume_constant_result` does, which would import the compiler. The answers
-# are constants of a graph, since by itself it only serves the transforms that it was made within.
-for _question in (is_transformed, is_forward_mode, is_vmap):
-    _question._dynamo_marked_constant = True
 
 
 def transform_reasons(needs_grad: bool) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from tqdm.contrib.concurrent import thread_map
 
 from catkernels.checkpoint import some
-from catkernels.digits import DIGITS, load_digits
+from catkernels.digits import IMAGE_SIZE, load_digits
 from catkernels.images import image_files, normalised, read_photo
 from catkernels.training.processes import Processes
 
@@ -92,7 +92,7 @@ class PhotoDataset(Dataset):
         return normalised(read_photo(path, self.size)), label
 
 
-def digits_data(size: int = DIGITS["img_size"]) -> ImageData:
+def digits_data(size: int = IMAGE_SIZE) -> ImageData:
     """The digits of scikit-learn at ``size`` x ``size`` pixels, a fifth of each class held out."""
     images, labels = load_digits(size)
     train, test = (TensorDataset(images[part], labels[part]) for part in held_out(labels.tolist()))
