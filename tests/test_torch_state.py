@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import pytest
-from torch import nn, ones
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from catkernels.torch_state import hooks
+from catkernels.torch_state import hooks, modes
 
 REGISTRATIONS = [
     "register_forward_pre_hook",
@@ -15,10 +15,6 @@ REGISTRATIONS = [
     "register_full_backward_pre_hook",
     "register_full_backward_hook",
 ]
-
-
-def double(module, values, *outputs):
-    return (2 * values[0],) if not outputs else 2 * outputs[0]
 
 
 @pytest.mark.parametrize("registration", REGISTRATIONS)
@@ -54,13 +50,32 @@ def test_shared_hooks_are_removed_by_their_handles(registration):
     assert not hooks.is_intercepted(target)
 
 
-@pytest.mark.parametrize("registration", REGISTRATIONS[:2])
-def test_hooks_set_aside_come_back_whatever_happens(registration):
-    model = nn.Sequential(nn.Identity())
-    handle = getattr(model[0], registration)(double)
-    with suppress(ZeroDivisionError), hooks.hooks_set_aside(model):
-        assert model(ones(1)) == 1
-        raise ZeroDivisionError
-    assert model(ones(1)) == 2
-    handle.remove()
-    assert model(ones(1)) == 1
+CONTEXTS = {
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "meta device": lambda: torch.device("meta"),
+    "fake tensors": FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_plainly_means_plainly(context):
+    state = torch.get_rng_state()
+    with CONTEXTS[context](), modes.plainly_on_cpu():
+        x = torch.rand(2, 2, requires_grad=True)
+        y = x @ x
+        y.sum().backward()
+        assert (y.dtype, y.device.type, type(y)) == (torch.float32, "cpu", torch.Tensor)
+        assert y.isfinite().all()
+        assert x.grad is not None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_plainly_nothing_is_compiled():
+    def fail(*arguments):
+        raise AssertionError("compiled")
+
+    function = torch.compile(lambda x: x + 1, backend=fail)
+    with modes.plainly_on_cpu():
+        assert function(torch.ones(1)) == 2

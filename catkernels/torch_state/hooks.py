@@ -6,10 +6,6 @@ attribute, all of them private. Nothing else in this package names them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 
 # What a call looks into.
@@ -39,18 +35,3 @@ def share_hooks(source: nn.Module, target: nn.Module) -> None:
     for name, value in vars(source).items():
         if name == _FLAG or name.endswith(_HOOKS):
             setattr(target, name, value)
-
-
-@contextmanager
-def hooks_set_aside(model: nn.Module) -> Iterator[None]:
-    """Within it, calls of ``model`` and of what it holds meet no hooks of a module."""
-    held = [
-        (module, name, getattr(module, name)) for module in model.modules() for name in _CALL_HOOKS
-    ]
-    try:
-        for module, name, _ in held:
-            setattr(module, name, OrderedDict())
-        yield
-    finally:
-        for module, name, hooks in held:
-            setattr(module, name, hooks)
