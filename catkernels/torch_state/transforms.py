@@ -1,4 +1,4 @@
-"""Which of PyTorch's function transforms a call is made within."""
+"""Which of PyTorch's function transforms, and whether a tracer, a call is made within."""
 
 from __future__ import annotations
 
@@ -28,15 +28,23 @@ def is_vmap() -> bool:
     return any(transform.key() == functorch.TransformType.Vmap for transform in stack)
 
 
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` records a call, as TensorBoard's graphs and old ONNX exports do."""
+    return torch._C._is_tracing()
+
+
 # What `torch.compiler.assume_constant_result` does, which would import the compiler. The answers
 # are constants of a graph, since by itself it only serves the transforms that it was made within.
-for _question in (is_transformed, is_forward_mode, is_vmap):
+for _question in (is_transformed, is_forward_mode, is_vmap, is_tracing):
     _question._dynamo_marked_constant = True
 
 
 def transform_reasons(needs_grad: bool) -> list[str]:
     """Why kernels with no more than a backward pass cannot serve here; empty where they can."""
     reasons = []
+    if is_tracing():
+        # it would silently lose their gradients
+        reasons.append("torch.jit.trace: it cannot record their backward pass, torch.export can")
     if is_forward_mode():
         reasons.append("forward-mode differentiation: the kernels only have a backward pass")
     if needs_grad and is_vmap():
