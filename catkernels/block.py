@@ -15,11 +15,12 @@ from catkernels.modules import (
     CPSA,
     IPSA,
     check_floating,
+    check_input,
     cpsa_layer,
     ipsa_layer,
     recomputes_norm,
 )
-from catkernels.parts import map_size
+from catkernels.parts import BlockParts, map_size
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -50,6 +51,11 @@ class CATBlock(StandIn):
     """
 
     CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
+
+    norm1: nn.Module
+    drop_path: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
 
     # The size of the map that tokens (B, H*W, C) are, set from outside before a call as in the
     # official code for dense tasks; the official classifier stores `input_resolution` instead.
@@ -92,9 +98,9 @@ class CATBlock(StandIn):
     @classmethod
     def adopt(cls, block: nn.Module) -> Self:
         """A block with the very children, hooks and mode of an official one, which it remembers."""
-        adopted = super().adopt(block)
-        adopted.attn_type = block.attn_type
-        adopted.patch_size = check_patch_size(block.patch_size)
+        adopted, theirs = super().adopt(block), BlockParts.of(block)
+        adopted.attn_type = theirs.attn_type
+        adopted.patch_size = check_patch_size(theirs.patch_size)
         return adopted
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +117,8 @@ class CATBlock(StandIn):
         tokens = tokens + self.drop_path(attended.flatten(1, 2))
         branch = self.drop_path(self.mlp(self.norm2(tokens)))
         # a sum, no view of one: FSDP2 marks the result, and a view that is changed loses its mark
-        return tokens.reshape(x.shape) + branch.reshape(x.shape)
+        output: Tensor = tokens.reshape(x.shape) + branch.reshape(x.shape)
+        return output
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
@@ -132,17 +139,22 @@ class CATBlock(StandIn):
     def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
         attn, parts = self.attn, self.read_attention()
+        if parts is not None and type(self.norm1) is nn.LayerNorm:
+            # before the norm complains in words of its own
+            check_input(tokens, parts)
         if parts is not None and self.attn_type == "ipsa":
             x, options = reference.to_map(tokens, *size), (self.patch_size, self.backend)
-            if recomputes_norm(parts, x, *options, self.norm1):
-                return ipsa_layer(parts, x, *options, norm=self.norm1)
+            norm = self.norm1
+            if isinstance(norm, nn.LayerNorm) and recomputes_norm(parts, x, *options, norm):
+                return ipsa_layer(parts, x, *options, norm=norm)[0]
         x = reference.to_map(self.norm1(tokens), *size)
-        if isinstance(attn, IPSA | CPSA):
-            return attn(x)
-        if parts is not None:
+        if parts is not None and not isinstance(attn, IPSA | CPSA):
             layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-            return layer(parts, x, self.patch_size, self.backend)
-        return self._attend_through_tokens(x) if self.attention_takes_tokens else attn(x)
+            return layer(parts, x, self.patch_size, self.backend)[0]
+        if isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens:
+            attended: Tensor = attn(x)
+            return attended
+        return self._attend_through_tokens(x)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
         """Call the attention itself with the tokens that official blocks give theirs."""
@@ -178,7 +190,8 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(check_probability("drop", drop))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        output: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return output
 
 
 class DropPath(nn.Module):

@@ -18,6 +18,7 @@ from catkernels.ops.norm_linear import norm_linear
 from catkernels.parts import AttentionParts
 from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.precision import autocast_is_on
+from catkernels.torch_state.transforms import is_tracing
 
 
 class _Attention(nn.Module):
@@ -25,6 +26,7 @@ class _Attention(nn.Module):
 
     def __init__(
         self,
+        *,
         dim: int,
         patch_size: int | tuple[int, int],
         num_heads: int,
@@ -94,7 +96,15 @@ class IPSA(_Attention):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(
-            dim, patch_size, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, rpe, backend
+            dim=dim,
+            patch_size=patch_size,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            rpe=rpe,
+            backend=backend,
         )
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -116,13 +126,12 @@ class IPSA(_Attention):
                 f"IPSA needs a map (B, H, W, {self.dim}) or tokens (windows, {side**2}, "
                 f"{self.dim}), got {tuple(x.shape)}"
             )
-        if is_tokens:
-            # a window of tokens is a map of one window
-            result = self(reference.to_map(x, side, side), return_attention)
-            if return_attention:
-                return result[0].flatten(1, 2), result[1]
-            return result.flatten(1, 2)
-        return ipsa_layer(AttentionParts.of(self), x, side, self.backend, return_attention)
+        # a window of tokens is a map of one window
+        x_map = x.reshape(-1, side, side, self.dim) if is_tokens else x
+        parts = AttentionParts.of(self)
+        output, attention = ipsa_layer(parts, x_map, side, self.backend, return_attention)
+        output = output.reshape(x.shape)
+        return output if attention is None else (output, attention)
 
 
 class CPSA(_Attention):
@@ -150,9 +159,16 @@ class CPSA(_Attention):
         proj_drop: float = 0.0,
         backend: Backend = "auto",
     ) -> None:
-        dim = check_patch_size(patch_size) ** 2
         super().__init__(
-            dim, patch_size, 1, qkv_bias, qk_scale, attn_drop, proj_drop, False, backend
+            dim=check_patch_size(patch_size) ** 2,
+            patch_size=patch_size,
+            num_heads=1,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            rpe=False,
+            backend=backend,
         )
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -168,17 +184,17 @@ class CPSA(_Attention):
         """
         side = self.patch_size[0]
         check_floating(x)
-        if x.dim() == 3 and x.shape[-1] == side**2:
-            # P patches one below the other are a map of one channel and one patch's width
-            result = self(x.reshape(x.shape[0], x.shape[1] * side, side, 1), return_attention)
-            if return_attention:
-                return result[0].reshape(x.shape), result[1]
-            return result.reshape(x.shape)
-        if x.dim() != 4:
+        is_tokens = x.dim() == 3 and x.shape[-1] == side**2
+        if not is_tokens and x.dim() != 4:
             raise ValueError(
                 f"CPSA needs a map (B, H, W, C) or tokens (B*C, P, {side**2}), got {tuple(x.shape)}"
             )
-        return cpsa_layer(AttentionParts.of(self), x, side, self.backend, return_attention)
+        # P patches one below the other are a map of one channel and one patch's width
+        x_map = x.reshape(x.shape[0], x.shape[1] * side, side, 1) if is_tokens else x
+        parts = AttentionParts.of(self)
+        output, attention = cpsa_layer(parts, x_map, side, self.backend, return_attention)
+        output = output.reshape(x.shape)
+        return output if attention is None else (output, attention)
 
 
 def ipsa_layer(
@@ -188,50 +204,54 @@ def ipsa_layer(
     backend: Backend,
     return_attention: bool = False,
     norm: nn.LayerNorm | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """IPSA of a map (B, H, W, C) with these parts.
+) -> tuple[Tensor, Tensor | None]:
+    """IPSA of a map (B, H, W, C) with these parts, and the attention weights where asked for.
 
     With ``norm``, where `recomputes_norm` says that this is possible, it is IPSA of ``norm(x)``.
     """
+    check_input(x, attn)
     height, width = x.shape[1:3]
-    plain = attn.qkv_is_plain and attn.proj_is_plain
-    if not plain:
+    plain = attn.plain_layers
+    if plain is None:
         # what such a child makes of a padded pixel only the child can say
         x = reference.pad_to_patches(x, patch_size)
 
-    def attend(x: Tensor) -> tuple[Tensor, ...]:
-        result = ipsa_attention(
-            _project(attn, attn.qkv, x, patch_size)
-            if norm is None
-            else norm_linear(x, norm, attn.qkv),
-            attn.table,
-            num_heads=attn.num_heads,
-            patch_size=patch_size,
-            scale=attn.scale,
-            qkv_bias=attn.qkv.bias if plain else None,
-            dropout_p=attn.dropout_p,
-            return_attention=return_attention,
-            backend=backend,
+    def attend(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if plain is None or norm is None:
+            qkv = _project(attn, attn.qkv, x, patch_size)
+        else:
+            qkv = norm_linear(x, norm, plain[0])
+        output, attention = _pair(
+            ipsa_attention(
+                qkv,
+                attn.table,
+                num_heads=attn.num_heads,
+                patch_size=patch_size,
+                scale=attn.scale,
+                qkv_bias=None if plain is None else plain[0].bias,
+                dropout_p=attn.dropout_p,
+                return_attention=return_attention,
+                backend=backend,
+            )
         )
-        output, *attention = result if return_attention else (result,)
         output = _project(attn, attn.proj, output, patch_size)
-        return output if plain else output[:, :height, :width], *attention
+        return output if plain is not None else output[:, :height, :width], attention
 
-    if plain and backend != "triton":
-        weights = (*attn.qkv.parameters(), *attn.proj.parameters(), attn.table)
+    if plain is not None and backend != "triton":
+        weights = (*plain[0].parameters(), *plain[1].parameters(), attn.table)
         if cpu.serves(x, *weights, dropout_p=attn.dropout_p, return_attention=return_attention):
-            return attn.proj_drop(cpu.layer_in_slices(lambda part: attend(part)[0], x))
-    output, *attention = attend(x)
-    output = attn.proj_drop(output)
-    return (output, *attention) if return_attention else output
+            return _call(attn.proj_drop, cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
+    output, attention = attend(x)
+    return _call(attn.proj_drop, output), attention
 
 
 def _project(attn: AttentionParts, layer: nn.Module, x: Tensor, patch_size: int) -> Tensor:
-    """``layer``, which is qkv or proj, of a map (B, H, W, C)."""
+    """``layer``, which is qkv or proj, of a map (B, H, W, C) that N divides or that is its own."""
     if attn.takes_any_axes:
-        return layer(x)
+        return _call(layer, x)
     windows = reference.to_windows(x, patch_size)
-    output = layer(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+    output = _call(layer, windows.flatten(0, 1))
+    output = output.reshape(*windows.shape[:3], output.shape[-1])
     return reference.from_windows(output, patch_size, *x.shape[1:3])
 
 
@@ -242,8 +262,10 @@ def recomputes_norm(
 
     It is then not kept beside the map (B, H, W, C) that ``x`` is.
     """
-    # a compiler decides by itself what to compute again
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled():
+        return False
+    # a compiler decides by itself what to compute again, and a trace has operations only
+    if torch.compiler.is_compiling() or is_tracing():
         return False
     if type(norm) is not nn.LayerNorm or is_intercepted(norm):
         return False
@@ -266,36 +288,92 @@ def cpsa_layer(
     patch_size: int,
     backend: Backend,
     return_attention: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """CPSA of a map (B, H, W, C) with these parts."""
-    options = {
-        "patch_size": patch_size,
-        "scale": attn.scale,
-        "dropout_p": attn.dropout_p,
-        "return_attention": return_attention,
-    }
-    if attn.qkv_is_plain and attn.proj_is_plain:
-        weights = (attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias)
-        result = cpsa_attention(x, *weights, backend=backend, **options)
+) -> tuple[Tensor, Tensor | None]:
+    """CPSA of a map (B, H, W, C) with these parts, and the attention weights where asked for."""
+    check_input(x, attn)
+    plain = attn.plain_layers
+    if plain is not None:
+        qkv, proj = plain
+        result = cpsa_attention(
+            x,
+            qkv.weight,
+            qkv.bias,
+            proj.weight,
+            proj.bias,
+            patch_size=patch_size,
+            scale=attn.scale,
+            dropout_p=attn.dropout_p,
+            return_attention=return_attention,
+            backend=backend,
+        )
     elif backend == "triton":
         raise ValueError(
             "CPSA cannot use backend='triton': qkv or proj is no plain nn.Linear, or carries hooks "
             "or parametrisations, and the kernels only read weights. Use backend='auto'."
         )
     else:
-        qkv, proj = _by_sequences(attn.qkv), _by_sequences(attn.proj)
-        result = reference.cpsa_with_layers(x, qkv, proj, **options)
-    output, *attention = result if return_attention else (result,)
-    output = attn.proj_drop(output)
-    return (output, *attention) if return_attention else output
+        result = reference.cpsa_with_layers(
+            x,
+            _by_sequences(attn.qkv),
+            _by_sequences(attn.proj),
+            patch_size=patch_size,
+            scale=attn.scale,
+            dropout_p=attn.dropout_p,
+            return_attention=return_attention,
+        )
+    output, attention = _pair(result)
+    return _call(attn.proj_drop, output), attention
 
 
 def _by_sequences(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """``layer`` of the patches (B, C, P, N*N), which gets (B*C, P, N*N) as in the official code."""
-    return lambda patches: layer(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+
+    def apply(patches: Tensor) -> Tensor:
+        output = _call(layer, patches.flatten(0, 1))
+        return output.reshape(*patches.shape[:3], output.shape[-1])
+
+    return apply
+
+
+def _pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """What an attention returns, with None for weights that were not asked for."""
+    return result if isinstance(result, tuple) else (result, None)
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)``, which is a tensor."""
+    output: Tensor = module(x)
+    return output
 
 
 def check_floating(x: Tensor) -> None:
+    """Raise a TypeError unless ``x`` is a floating-point tensor."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {kind}")
+
+
+def check_input(x: Tensor, attn: AttentionParts) -> None:
+    """Raise unless ``x`` is where the weights of an attention are, in their dtype or autocast's.
+
+    What stands in the place of a plain ``qkv`` takes what it takes.
+
+    Raises:
+        TypeError: ``x`` is of another dtype.
+        ValueError: ``x`` is on another device.
+    """
+    weight = attn.qkv.weight if attn.qkv_is_plain else None
+    if not isinstance(weight, Tensor):
+        return
+    if x.device != weight.device:
+        raise ValueError(
+            f"x is on {x.device} but the layer's weights are on {weight.device}: "
+            "move both to one device"
+        )
+    if x.dtype == weight.dtype:
+        return
+    if torch.float64 in (x.dtype, weight.dtype) or not autocast_is_on(x.device):
+        raise TypeError(
+            f"x is {x.dtype} but the layer's weights are {weight.dtype}: give them one dtype, by "
+            f"x.to({weight.dtype}) or layer.to({x.dtype}), or use autocast"
+        )

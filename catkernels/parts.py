@@ -73,6 +73,15 @@ class AttentionParts:
         )
 
     @property
+    def plain_layers(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """``qkv`` and ``proj`` where both are just their weights and biases, which may be read."""
+        qkv, proj = self.qkv, self.proj
+        if not (self.qkv_is_plain and self.proj_is_plain):
+            return None
+        # both are, and a type checker is to know
+        return (qkv, proj) if isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) else None
+
+    @property
     def is_arithmetic(self) -> bool:
         """Whether the softmax and the dropouts, which ours does not call, are just what they say.
 
@@ -101,7 +110,7 @@ class BlockParts:
     """
 
     attn_type: str
-    patch_size: object
+    patch_size: Any
     side: int | None
     map_size: tuple[int, int] | None
     channels: int | None

@@ -1,8 +1,7 @@
-"""IPSA, CPSA and CATBlock as drop-ins for the official modules."""
+"""IPSA and CPSA as drop-ins for the official modules."""
 
 from __future__ import annotations
 
-import pickle
 from copy import deepcopy
 
 import pytest
@@ -161,8 +160,26 @@ def test_integers_are_refused(attention):
         ours(torch.ones(1, 7, 7, 12, dtype=torch.int64))
     with pytest.raises(TypeError, match="x must be a floating-point tensor, got NoneType"):
         ours(None)
-    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch\.int64"):
-        catkernels.CATBlock(12, 3, attn_type=attention)(torch.ones(1, 7, 7, 12, dtype=torch.int64))
+
+
+@both
+@pytest.mark.parametrize("form", ["map", "tokens"])
+def test_another_dtype_or_device_than_the_layers_is_refused_in_our_words(attention, form):
+    ours, _ = pair(attention)
+    x = torch.randn(1, 7, 14, 12) if form == "map" else tokens(attention)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        with pytest.raises(
+            TypeError, match=rf"x is {dtype} but the layer's weights are torch\.float"
+        ):
+            ours(x.to(dtype))
+    with pytest.raises(
+        ValueError, match="x is on meta but the layer's weights are on cpu: move both"
+    ):
+        ours(x.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"x is torch\.float64 but the layer's weights are"):
+            ours(x.double())
 
 
 @both
@@ -217,56 +234,8 @@ def test_weight_normed_cpsa_refuses_triton():
         (lambda: catkernels.IPSA(12, attn_drop=1.0), r"attn_drop must be in \[0, 1\)"),
         (lambda: catkernels.CPSA(7, proj_drop=1.5), r"proj_drop must be in \[0, 1\), got 1.5"),
         (lambda: catkernels.CPSA(7)(torch.randn(2, 4, 48)), r"got \(2, 4, 48\)"),
-        (lambda: catkernels.CATBlock(12, 3, attn_type="swin"), "attn_type must be"),
-        (lambda: catkernels.CATBlock(12, 3)(torch.randn(1, 49, 12)), "set H and W"),
-        (lambda: catkernels.CATBlock(12, 3, drop_path=1.0), r"drop_path must be in \[0, 1\)"),
-        (lambda: catkernels.CATBlock(12, 3, drop_path=-0.5), r"drop_path must be .* got -0.5"),
-        (
-            lambda: catkernels.CATBlock(12, 3, drop_path=float("nan")),
-            r"drop_path must be .* got nan",
-        ),
-        (lambda: catkernels.block.Mlp(4, 8, drop=1.0), r"drop must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
-def test_block_takes_maps_and_tokens(attention):
-    block = catkernels.CATBlock(12, 3, attn_type=attention)
-    x = torch.randn(2, 9, 16, 12)
-    block.H, block.W = 9, 16
-    assert torch.equal(block(x).flatten(1, 2), block(x.flatten(1, 2)))
-    with pytest.raises(ValueError, match=r"\(B, 9 \* 16, C\), got \(2, 143, 12\)"):
-        block(x.flatten(1, 2)[:, 1:])
-
-
-@pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
-def test_a_block_returns_a_tensor_of_its_own(attention):
-    """No view: FSDP2 marks what a block returns, and loses the mark where a view is changed."""
-    block = catkernels.CATBlock(12, 3, attn_type=attention)
-    block.H, block.W = 9, 16
-    x = torch.randn(2, 9, 16, 12)
-    assert not block(x)._is_view()
-    assert not block(x.flatten(1, 2))._is_view()
-
-
-def test_block_survives_copying_and_pickling():
-    block = catkernels.CATBlock(12, 3)
-    x = torch.randn(1, 7, 7, 12)
-    for copy in (deepcopy(block), pickle.loads(pickle.dumps(block))):
-        assert torch.equal(copy(x), block(x))
-
-
-def test_drop_path_drops_whole_images():
-    torch.manual_seed(0)
-    drop = catkernels.block.DropPath(0.25)
-    x = torch.ones(4000, 3, 2)
-    y = drop(x)
-    per_image = y.flatten(1)
-    assert (per_image == per_image[:, :1]).all()
-    assert y.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
-    assert y.mean().item() == pytest.approx(1, abs=0.05)
-    assert drop.eval()(x) is x

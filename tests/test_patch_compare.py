@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from patch_cases import TINY, build, run
+from patch_cases import build, run
+from tiny_models import TINY
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -565,7 +566,7 @@ CONTEXTS = {
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_whatever_patch_is_called_within(context):
     with CONTEXTS[context]():
-        model = official.CAT(**TINY, img_size=56)
+        model = official.CAT(**TINY)
         report = patch(model)
     assert len(report.swapped) == 6
     assert all(row.difference < 1e-12 for row in report.blocks)

@@ -7,7 +7,8 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.distributed as dist
-from patch_cases import TINY, build, run
+from patch_cases import build, run
+from tiny_models import TINY
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
@@ -247,7 +248,7 @@ def test_checkpointing_the_attentions_saves_what_it_saves_in_the_official_model(
     theirs, images = build()
     model = patched = deepcopy(theirs)
     if kind == "ours":
-        model = patched = catkernels.CAT(**TINY, img_size=56)
+        model = patched = catkernels.CAT(**TINY)
     patch(patched)
     everything = numbers_kept(model, images)
     for whole in (model, theirs):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -30,6 +31,7 @@ PRIVATE_ENDS = [
     "overrides._get_current_function_mode_stack",
     "utils._device.DeviceContext",
     "utils._python_dispatch.TorchDispatchMode",
+    "utils._python_dispatch._disable_current_modes",
     "_dynamo.OptimizedModule",
 ]
 # The same of every module. All but the last three are read in `torch_state` alone.
@@ -199,3 +201,34 @@ def test_shared_hooks_are_removed_by_their_handles(registration):
     assert hooks.is_intercepted(target)
     handle.remove()
     assert not hooks.is_intercepted(target)
+
+
+CONTEXTS = {
+    "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "meta device": lambda: torch.device("meta"),
+    "fake tensors": FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_plainly_means_plainly(context):
+    state = torch.get_rng_state()
+    with CONTEXTS[context](), modes.plainly_on_cpu():
+        x = torch.rand(2, 2, requires_grad=True)
+        y = x @ x
+        y.sum().backward()
+        assert (y.dtype, y.device.type, type(y)) == (torch.float32, "cpu", torch.Tensor)
+        assert y.isfinite().all()
+        assert x.grad is not None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_plainly_nothing_is_compiled():
+    def fail(*arguments):
+        raise AssertionError("compiled")
+
+    function = torch.compile(lambda x: x + 1, backend=fail)
+    with modes.plainly_on_cpu():
+        assert function(torch.ones(1)) == 2

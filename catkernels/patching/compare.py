@@ -71,6 +71,8 @@ def _compare(block: nn.Module) -> Comparison:
 
 def _compare_twins(block: nn.Module) -> Comparison:
     parts = BlockParts.of(block)
+    if parts.channels is None:
+        raise TypeError("nothing says how many channels it has")
     generator = torch.Generator("cpu").manual_seed(0)
     theirs = twin_of_block(block, parts, generator)
     ours = CATBlock.adopt(theirs)
@@ -104,7 +106,7 @@ def _inputs(
     # the gradients, which take most of the time, of the first size alone
     modes: tuple[str, ...] = ("evaluation", "training")
     for height, width in [fixed] if fixed is not None and not free else sizes:
-        shape = (2, height, width, parts.channels)
+        shape = (2, height, width, parts.channels or 0)
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
         # what mixes images, or depends on magnitudes, shows in the second
         x[1] *= 8
@@ -131,8 +133,9 @@ def _results(block: Any, x: Tensor, mode: str) -> dict[str, Tensor]:
     results = {"output": branches[0], "output for a larger input": branches[1]}
     if block.training:
         try:
-            # any fixed weights, which differ from place to place
-            output.backward(torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x))
+            # any that differ from place to place
+            weights = torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x)
+            torch.autograd.backward(output, weights)
         except RuntimeError:
             # one that works in place cannot be trained, and has no gradients to keep
             return results

@@ -7,7 +7,7 @@ state_dict stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -133,7 +133,7 @@ def _modules_with_parent(
         yield name, module, modules.get(parent) if child else None
 
 
-def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
+def _replace(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``swaps[module]`` wherever a module is held, shared ones in all their places.
 
     Where one place refuses, none is changed.
@@ -142,7 +142,7 @@ def _replace(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()
-        if child in swaps
+        if child is not None and child in swaps
     ]
     done = []
     try:

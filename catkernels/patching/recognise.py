@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ def _placement_reasons(block: nn.Module, parent: nn.Module | None) -> Iterator[s
         yield "it is compiled by itself: patch before compiling"
 
 
-def _block_reasons(block: nn.Module) -> Iterator[str]:
+def _block_reasons(block: Any) -> Iterator[str]:
     if block.attn_type not in ("ipsa", "cpsa"):
         yield f"attn_type is {block.attn_type!r}, not 'ipsa' or 'cpsa'"
     yield from _unknown_parts(block, "the block", set(CATBlock.CHILDREN), set())
@@ -74,7 +75,7 @@ def _block_reasons(block: nn.Module) -> Iterator[str]:
         yield f"its patch_size is {block.patch_size}, not a square"
 
 
-def _attention_reasons(block: nn.Module) -> Iterator[str]:
+def _attention_reasons(block: Any) -> Iterator[str]:
     attn = block.attn
     if not {"qkv", "proj"} <= attn._modules.keys():
         # something put around an attention, which our block calls as theirs does
@@ -114,7 +115,9 @@ def _attention_reasons(block: nn.Module) -> Iterator[str]:
             yield f"its tokens have {features} values, not N*N = {side**2}"
 
 
-def _unknown_parts(module: nn.Module, what: str, children: set, own: set) -> Iterator[str]:
+def _unknown_parts(
+    module: nn.Module, what: str, children: set[str], own: set[str]
+) -> Iterator[str]:
     """Children, parameters and buffers that our block would not use."""
     unknown = sorted(module._modules.keys() - children)
     unknown += sorted((module._parameters.keys() | module._buffers.keys()) - own)

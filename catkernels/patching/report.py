@@ -153,13 +153,23 @@ def _serving(block: CATBlock, backend: Backend) -> tuple[str, str]:
     # a quantised layer may have no parameters at all
     weight = next(attn.qkv.parameters(), torch.empty(0))
     trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
-    where = {"device": weight.device, "dtype": weight.dtype, "needs_grad": trains}
     side = block.patch_size
     if block.attn_type == "ipsa":
-        reasons = ipsa.unsupported_reasons(**where, head_dim=attn.head_dim, patch_size=side)
+        reasons = ipsa.unsupported_reasons(
+            device=weight.device,
+            dtype=weight.dtype,
+            head_dim=attn.head_dim,
+            patch_size=side,
+            needs_grad=trains,
+        )
     else:
-        patches = BlockParts.of(block).num_patches
-        reasons = cpsa.unsupported_reasons(**where, patch_size=side, num_patches=patches)
+        reasons = cpsa.unsupported_reasons(
+            device=weight.device,
+            dtype=weight.dtype,
+            patch_size=side,
+            num_patches=BlockParts.of(block).num_patches,
+            needs_grad=trains,
+        )
         reasons += [
             f"the kernels only read weights, and {name} is intercepted" for name in adapters
         ]

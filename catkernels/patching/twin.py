@@ -41,15 +41,16 @@ def _twin_of_attention(parts: BlockParts, generator: torch.Generator) -> nn.Modu
     attn: Any = parts.attn
     if not has_official_parts(attn):
         return _StandIn(generator)
+    channels, side = parts.channels or 0, parts.side or 0
     twin = _bare_twin(attn)
     for name, parameter in attn._parameters.items():
         twin._parameters[name] = None if parameter is None else _random(parameter.shape, generator)
     for name in attn._buffers:
         # the one buffer that is known here; `recognise` has compared its values
-        twin._buffers[name] = relative_position_index(parts.side or 1, torch.device("cpu"))
+        twin._buffers[name] = relative_position_index(side, torch.device("cpu"))
     for name, child in attn._modules.items():
         twin._modules[name] = _twin_of_child(child, generator)
-    width = parts.channels if parts.attn_type == "ipsa" else (parts.side or 1) ** 2
+    width = channels if parts.attn_type == "ipsa" else side**2
     twin._modules["qkv"] = _linear_twin(attn.qkv, width, 3 * width, generator)
     twin._modules["proj"] = _linear_twin(attn.proj, width, width, generator)
     return twin
@@ -60,7 +61,7 @@ def _twin_of_child(child: nn.Module | None, generator: torch.Generator) -> nn.Mo
     if child is None:
         return None
     of_torch = type(child).__module__.startswith("torch.nn.modules.")
-    if not of_torch and any(map(len, (child._modules, child._parameters, child._buffers))):
+    if not of_torch and (child._modules or child._parameters or child._buffers):
         return _StandIn(generator)
     twin = _bare_twin(child)
     for name, grandchild in child._modules.items():
@@ -94,7 +95,8 @@ def _linear_twin(
     bias = getattr(layer, "bias", None) is not None
     twin = nn.Linear(in_features, out_features, bias, device="meta")
     twin.weight = _random((out_features, in_features), generator)
-    twin.bias = _random((out_features,), generator) if bias else None
+    if bias:
+        twin.bias = _random((out_features,), generator)
     return twin
 
 
@@ -116,4 +118,5 @@ class _StandIn(nn.Module):
         for axis, step in zip(range(1, x.dim()), self.steps, strict=False):
             index = torch.arange(x.shape[axis], dtype=x.dtype)
             place = place + step * index.view(-1, *(1,) * (x.dim() - axis - 1))
-        return 0.5 * x + (x + self.phase).sin() * (1 + place).cos()
+        output: Tensor = 0.5 * x + (x + self.phase).sin() * (1 + place).cos()
+        return output

@@ -10,6 +10,8 @@ import torch
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
+from catkernels.torch_state.transforms import is_tracing
+
 
 def is_observed() -> bool:
     """Whether a trace or a mode sees every operation: a counter of FLOPs, one of the user's own.
@@ -18,7 +20,7 @@ def is_observed() -> bool:
     """
     functions = torch.overrides._get_current_function_mode_stack()
     return (
-        torch._C._is_tracing()
+        is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or any(not isinstance(mode, DeviceContext) for mode in functions)
     )

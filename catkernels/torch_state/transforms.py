@@ -1,4 +1,4 @@
-"""Which of PyTorch's function transforms a call is made within.
+"""Which of PyTorch's function transforms, and whether a tracer, a call is made within.
 
 The answers are constants of a graph, which only serves the transforms that it was made within.
 """
@@ -36,9 +36,18 @@ def is_vmap() -> bool:
     return any(transform.key() == functorch.TransformType.Vmap for transform in stack)
 
 
+@constant_in_graphs
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` records a call, as TensorBoard's graphs and old ONNX exports do."""
+    return torch._C._is_tracing()
+
+
 def transform_reasons(needs_grad: bool) -> list[str]:
     """Why kernels with no more than a backward pass cannot serve here; empty where they can."""
     reasons = []
+    if is_tracing():
+        # it would silently lose their gradients
+        reasons.append("torch.jit.trace: it cannot record their backward pass, torch.export can")
     if is_forward_mode():
         reasons.append("forward-mode differentiation: the kernels only have a backward pass")
     if needs_grad and is_vmap():
