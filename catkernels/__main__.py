@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 import catkernels
 from catkernels.arguments import BACKENDS
 from catkernels.commands.models import MODELS
@@ -40,8 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # only now, since the needs of one command, such as scikit-learn, are not those of another
         return import_module(f"catkernels.commands.{command}").run(**options) or 0
-    except (OSError, ValueError, ImportError, MemoryError) as error:
-        print(f"{parser.prog} {command}: {error}".replace("\n", " "), file=sys.stderr)
+    except (OSError, ValueError, ImportError, MemoryError, RuntimeError) as error:
+        reason = _in_words(error)
+        if reason is None:
+            raise
+        print(f"{parser.prog} {command}: {reason}".replace("\n", " "), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -59,6 +64,20 @@ def _add_check(commands) -> None:
         dest="output",
         help="write down versions and results, for a report",
     )
+
+
+def _in_words(error: Exception) -> str | None:
+    """What to tell the user of an error; None for one that is a fault of this package."""
+    # PyTorch has no class of its own for a CPU's
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if out_of_memory or "can't allocate memory" in str(error):
+        return "there is not enough memory: smaller images, or fewer at once, need less"
+    if isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, OSError) and error.strerror:
+        # without the number that it has among the system's errors
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)
 
 
 def _add_demo(commands) -> None:

@@ -215,7 +215,8 @@ def _read(path_or_state_dict) -> tuple[Mapping, str]:
         return path_or_state_dict, "the state_dict"
     path = Path(path_or_state_dict)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
+        folder = ", it is a folder: name a file in it" if path.is_dir() else ""
+        raise FileNotFoundError(f"there is no checkpoint file {path}{folder}")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path), path.name
     try:

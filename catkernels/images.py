@@ -34,7 +34,9 @@ def read_photo(path: Path, size: int) -> PIL.Image.Image:
             photo = _in_8_bits(PIL.ImageOps.exif_transpose(opened)).convert("RGB")
     # of a corrupt file Pillow's plugins raise anything, AttributeError and RuntimeError included
     except Exception as error:
-        why = str(error) or type(error).__name__
+        # what they looked up in vain, and the system's number of an error, say nothing to anybody
+        damaged = "it is damaged" if isinstance(error, LookupError) else ""
+        why = damaged or getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"cannot read the image {path}: {why}") from error
     return middle_square(photo, size)
 

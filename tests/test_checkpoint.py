@@ -284,6 +284,8 @@ def test_wrong_safetensors_and_missing_files(tmp_path):
         load_checkpoint(build(), tmp_path / "weights.safetensors")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint file"):
         load_checkpoint(build(), tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError, match="it is a folder: name a file in it"):
+        load_checkpoint(build(), tmp_path)
 
 
 def test_a_table_in_another_order_is_refused():

@@ -47,6 +47,42 @@ def test_info_of_a_gpu_tells_dtypes_and_reasons_apart(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("two\nlines"), "two lines"),
+        (PermissionError(13, "Permission denied", "run"), "Permission denied: run"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (FileNotFoundError("there is no file"), "there is no file"),
+        (MemoryError(), "there is not enough memory: smaller images"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "there is not enough memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "there is not enough memory: smaller images",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_errors_are_one_sentence(error, message, capsys, monkeypatch):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(info, "run", fail)
+    assert main(["info"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m catkernels info: {message}")
+    assert "Errno" not in line
+
+
+def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("the size of tensor a must match")
+
+    monkeypatch.setattr(info, "run", fail)
+    with pytest.raises(RuntimeError, match="the size of tensor"):
+        main(["info"])
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

@@ -48,6 +48,12 @@ def test_the_images_of_a_folder(tmp_path):
     assert image_files(tmp_path) == [tmp_path / "b" / "a.png", tmp_path / "z.JPG"]
 
 
-def test_what_is_no_image_says_so(tmp_path):
+def test_what_is_no_image_says_so(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot read the image .*corrupt\.dds: Unimplemented"):
         read_photo(write_corrupt_dds(tmp_path / "corrupt.dds"), 8)
+    with pytest.raises(ValueError, match=r"cannot read the image .*: Is a directory$"):
+        read_photo(tmp_path, 8)
+    # as Pillow's plugins meet numbers that a format does not have
+    monkeypatch.setattr(Image, "open", lambda _: {}[101])
+    with pytest.raises(ValueError, match=r"cannot read the image photo\.tif: it is damaged$"):
+        read_photo("photo.tif", 8)

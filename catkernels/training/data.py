@@ -118,7 +118,9 @@ def folder_data(folder: Path, size: int, processes: Processes, strict: bool) -> 
             an image that cannot be read.
     """
     if not folder.is_dir():
-        raise ValueError(f"--data must be 'digits' or a folder of images, there is no {folder}")
+        raise ValueError(
+            f"--data must be 'digits' or a folder of images, there is no folder {folder}"
+        )
     train_folder = folder / "train" if (folder / "train").is_dir() else folder
     classes, train = _files_by_class(train_folder)
     test: list[tuple[Path, int]] = []
