@@ -125,7 +125,9 @@ def _rows(
                 yield Case(sweep, shape, getattr(torch, dtype), direction), provider
 
 
-def run(benchmark, attention: Attention, case: Case, provider: str) -> None:
+def run(
+    benchmark, attention: Attention, case: Case, provider: str, rounds: int | None = None
+) -> None:
     """Judge a provider's results, then time it in turn with the official operations."""
     inputs = make_leaves(attention, case.shape, case.dtype)
     attend = _judged(attention, case, provider, inputs)
@@ -147,7 +149,7 @@ def run(benchmark, attention: Attention, case: Case, provider: str) -> None:
         benchmark,
         workload(case.direction, attend, inputs),
         workload(case.direction, official, inputs),
-        rounds=ROUNDS,
+        rounds=rounds or ROUNDS,
         work=attention.work(case.shape, case.dtype, case.direction),
         ceilings=roofline.ceilings(case.dtype),
     )

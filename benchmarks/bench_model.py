@@ -96,15 +96,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_model(benchmark, case: Case, provider: str):
-    _race(benchmark, case, provider, capture=case.mode == "replay")
+    race(benchmark, case, provider, capture=case.mode == "replay")
 
 
 @pytest.mark.benchmark(timer=time.perf_counter)
 def test_latency(benchmark, case: Case, provider: str):
-    _race(benchmark, case, provider, capture=False, clock=time.perf_counter)
+    race(benchmark, case, provider, capture=False, clock=time.perf_counter)
 
 
-def _race(benchmark, case: Case, provider: str, *, capture: bool, clock: Callable = CLOCK) -> None:
+def race(benchmark, case: Case, provider: str, *, capture: bool, clock: Callable = CLOCK) -> None:
+    """Judge a provider's model, then time it in turn with the official one."""
     contender, baseline = (_build(case, name) for name in (provider, "official"))
     with harness.admitting(provider):
         _judge(case, contender, baseline)

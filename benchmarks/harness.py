@@ -13,6 +13,7 @@ import functools
 import gc
 import statistics
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,26 @@ def admitting(provider: str) -> Iterator[None]:
         if provider in ("official", "catkernels"):
             raise
         pytest.skip(f"{provider} gets no number: {error}")
+
+
+class Stopwatch:
+    """As much of pytest-benchmark's fixture as `race` needs, for a program without pytest."""
+
+    enabled = True
+
+    def __init__(self, clock: Callable = CLOCK) -> None:
+        self.clock = clock
+        self.group: str | None = None
+        self.extra_info: dict = {}
+
+    def pedantic(self, target: Callable, *, setup: Callable, rounds: int) -> None:
+        seconds = []
+        for _ in range(rounds):
+            setup()
+            start = self.clock()
+            target()
+            seconds.append(self.clock() - start)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=seconds))
 
 
 def race(

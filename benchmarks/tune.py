@@ -2,8 +2,10 @@
 
     python -m benchmarks.tune OUT.json [--trial] [--time-limit SECONDS]
 
-A candidate is the shipped launch with other numbers of warps and stages. It must compile, fit the
-device and give right results; else it is listed without a time, with the reason.
+A candidate is the shipped launch with a plausible change: of stages, warps, programs, or channels
+of a tile (`benchmarks.candidates`). All are compiled in a pool of processes before anything is
+timed. A candidate must compile, fit the device and give right results; else it is listed without a
+time, with the reason.
 
 OUT.json is written after each table and shape. One that exists already, of the same device and
 versions, is gone on with: name another where the launch tables have changed since.
@@ -13,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
-import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,206 +37,172 @@ from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_cpsa import catkernels_provider as cpsa_provider
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.bench_ipsa import catkernels_provider as ipsa_provider
-from benchmarks.clock import CLOCK
+from benchmarks.candidates import Candidate, candidates, compile_candidate, looked_up
+from benchmarks.clock import CLOCK, DEVICE
 from catkernels import machine
-from catkernels.cases import Shape, cat_stages
+from catkernels.cases import CPSACase, IPSACase, Shape, cat_stages
+from catkernels.commands.check import Case, Task
+from catkernels.pool import num_cores, run_apart
+from catkernels.torch_state.device import interpreting
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is tried: numbers of warps, each with every number of stages, so many times.
-
-    Two warps come first: some versions of ptxas compile Hopper's products of a transposed result,
-    as IPSA's backward pass has them, wrongly for four.
-    """
-
-    num_warps: tuple[int, ...] = (2, 4, 8, 16)
-    num_stages: tuple[int, ...] = (1, 2, 3)
-    rounds: int = 15
-
-
-# Enough to see that all of it runs, one patch size and number of patches for each of the tables.
-TRIAL = Effort(num_warps=(4, 8), num_stages=(1,), rounds=1)
-TRIAL_SHAPES = (
-    Shape("few patches", batch=1, height=14, width=7, channels=16, num_heads=1),
-    Shape("many patches", batch=1, height=9, width=9, channels=16, num_heads=1, patch_size=1),
-)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table in which the launchers look one launch up.
-
-    Attributes:
-        attention: whose launch it is.
-        direction: the pass in which it is looked up, "forward" or "backward".
-        name: of the function, with its module, below ``catkernels.kernels``.
-    """
-
-    attention: Attention
-    direction: str
-    name: str
-
-    def __str__(self) -> str:
-        return self.name
-
-    @contextlib.contextmanager
-    def answering(self, answer: Callable) -> Iterator[None]:
-        """Let ``answer`` turn what is looked up into what is launched."""
-        # imported late, so that the benchmarks load where Triton is missing
-        from catkernels.kernels.launch import overriding
-
-        def replace(table, problem, shipped):
-            is_this = f"{table.__module__}.{table.__name__}" == f"catkernels.kernels.{self.name}"
-            return answer(shipped) if is_this else shipped
-
-        with overriding(replace):
-            yield
-
-
-TABLES = (
-    Table(IPSA, "forward", "ipsa.launch.forward_launch"),
-    Table(IPSA, "backward", "ipsa.launch.backward_launch"),
-    Table(CPSA, "forward", "cpsa.launch.forward_launch"),
-    Table(CPSA, "forward", "cpsa.launch.flash_forward_launch"),
-    Table(CPSA, "backward", "cpsa.launch.backward_passes"),
-    Table(CPSA, "backward", "cpsa.launch.flash_backward_launch"),
-    Table(CPSA, "backward", "cpsa.launch.flash_weights_launch"),
-)
-# What is computed with, by name: the dtype, and torch's setting for products of float32.
+ROUNDS = 15
+# What is computed with, by name: the dtype, and whether torch's setting is TF32 for float32.
 PRECISIONS = {
-    "bfloat16": (torch.bfloat16, "highest"),
-    "tf32": (torch.float32, "high"),
-    "float32": (torch.float32, "highest"),
+    "bfloat16": (torch.bfloat16, False),
+    "tf32": (torch.float32, True),
+    "float32": (torch.float32, False),
 }
 PROVIDERS = {
     IPSA: functools.partial(ipsa_provider, backend="triton"),
     CPSA: functools.partial(cpsa_provider, backend="triton"),
 }
+# Enough to see that all of it runs, one patch size and number of patches for each of the tables.
+TRIAL_SHAPES = (
+    Shape("few patches", batch=1, height=14, width=7, channels=16, num_heads=1),
+    Shape("many patches", batch=1, height=9, width=9, channels=16, num_heads=1, patch_size=1),
+)
+# As many images have the same kernels as a large batch, and are soon made.
+COMPILED_IMAGES = 16
 
 
-def tune(table: Table, shape: Shape, dtype: torch.dtype, effort: Effort) -> dict | None:
-    """Time a table's candidates on one shape; None where the shape does not come to the table.
+@dataclass(frozen=True)
+class Problem:
+    """What a launch is looked up for."""
+
+    attention: Attention
+    direction: str  # "forward" or "backward"
+    shape: Shape
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.attention.name} {self.direction} {self.shape} {self.precision}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def tf32(self) -> bool:
+        return PRECISIONS[self.precision][1]
+
+    def task(self, target: object) -> Task:
+        """Its kernels, to be compiled for ``target``."""
+        return Task(str(self), (self._case(),), self.dtype, self.tf32, DEVICE.type, target)
+
+    def _case(self) -> Case:
+        shape = self.shape
+        sizes = (shape.name, min(shape.batch, COMPILED_IMAGES), shape.height, shape.width)
+        if self.attention is CPSA:
+            return CPSACase(*sizes, shape.channels, patch_size=shape.patch_size)
+        head_dim = shape.channels // shape.num_heads
+        options = {"num_heads": shape.num_heads, "head_dim": head_dim, "without": ("qkv_bias",)}
+        return IPSACase(*sizes, patch_size=shape.patch_size, **options)
+
+    def tables(self, target: object) -> dict[str, object]:
+        """What ships, by table: the tables of this direction alone, none where it is not served."""
+        task = self.task(target)
+        if not all(differentiate for _, differentiate in task.passes()):
+            return {} if self.direction == "backward" else looked_up(replace(task, forward=True))
+        forward = looked_up(replace(task, forward=True))
+        if self.direction == "forward":
+            return forward
+        return {t: launch for t, launch in looked_up(task).items() if t not in forward}
+
+
+def problems(trial: bool) -> Iterator[Problem]:
+    """CAT-S' stages and a large map, what matters to most models first."""
+    shapes = [*cat_stages("small", batch=256), cat_stages("small", 512, batch=8)[0]]
+    for precision in ("tf32",) if trial else PRECISIONS:
+        for shape in TRIAL_SHAPES if trial else shapes:
+            for attention in (IPSA, CPSA):
+                for direction in ("forward", "backward"):
+                    yield Problem(attention, direction, shape, precision)
+
+
+def compile_all(
+    pairs: list[tuple[Problem, Candidate]], target: object
+) -> dict[tuple[Problem, Candidate], str]:
+    """Compile launches in a pool; returns those that fail, and how."""
+    if interpreting():
+        return {}
+    tasks = {
+        (problem.task(target), candidate): (problem, candidate) for problem, candidate in pairs
+    }
+    environment = {"OMP_NUM_THREADS": "1"}
+    done = run_apart(compile_candidate, tasks, workers=num_cores(), environment=environment)
+    return {tasks[outcome.task]: outcome.failure for outcome in done if outcome.failure}
+
+
+def tune(problem: Problem, trials: list[Candidate], failures: dict, rounds: int) -> dict:
+    """Time candidates on one problem, what ships first, and say why some have no number.
 
     Returns:
-        The shipped launch, and of each candidate its ``ms`` or why it has none.
+        The table, the shipped launch, and of each candidate its ``ms`` or why it has none.
     """
-    inputs = make_leaves(table.attention, shape, dtype)
-    attend = PROVIDERS[table.attention](shape, inputs)
-    if not _served(table, shape, inputs):
-        return None
-    shipped, failure = _looked_up(table, lambda: workload(table.direction, attend, inputs)())
-    if shipped is None and failure is None:
-        return None
-    runs, failures = {}, {shipped: failure} if failure else {}
-    for launch in _candidates(shipped, effort) if shipped else ():
-        with table.answering(lambda _, launch=launch: launch):
-            try:
-                _judge(table, shape, dtype, attend, inputs)
-                runs[launch], _ = harness.captured(workload(table.direction, attend, inputs))
-            except Exception as error:
-                # whatever a compiler or driver raises, it only means that the candidate is out
-                failures[launch] = _described(error)
-    return _result(shipped, _times_in_turn(table, runs, effort.rounds), failures)
+    with _computing_in(problem):
+        inputs = make_leaves(problem.attention, problem.shape, problem.dtype)
+        attend = PROVIDERS[problem.attention](problem.shape, inputs)
+        runs, reasons = {}, {c: failures[problem, c] for c in trials if (problem, c) in failures}
+        for candidate in trials:
+            if candidate in reasons:
+                continue
+            with candidate.launched():
+                try:
+                    _judge(problem, attend, inputs)
+                    run = workload(problem.direction, attend, inputs)
+                    runs[candidate], _ = harness.captured(run)
+                except Exception as error:
+                    # whatever a compiler or driver raises, it only means that it is out
+                    reasons[candidate] = _described(error)
+        return _result(trials[0], times_in_turn(runs, rounds), reasons)
 
 
-def _result(shipped: object | None, times_ms: dict, failures: dict) -> dict:
+def _result(shipped: Candidate, times_ms: dict, failures: dict) -> dict:
     return {
-        "shipped": repr(shipped),
+        "table": shipped.table,
         "shipped_ms": times_ms.get(shipped),
-        "candidates_ms": {repr(launch): ms for launch, ms in times_ms.items()},
-        "failures": {repr(launch): reason for launch, reason in failures.items()},
+        "candidates_ms": {str(candidate): ms for candidate, ms in times_ms.items()},
+        "failures": {str(candidate): reason for candidate, reason in failures.items()},
     }
-
-
-def _served(table: Table, shape: Shape, inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether the kernels serve this direction: of exact float32, a GPU's do not all."""
-    with torch.inference_mode(table.direction == "forward"):
-        return table.attention.served_by(shape, inputs) == "triton"
-
-
-def _looked_up(table: Table, run: Callable[[], object]) -> tuple[object | None, str | None]:
-    """What the launchers find in the table in the course of ``run``, and why that failed if so."""
-    found, failure = [], None
-
-    def remember(launch):
-        found.append(launch)
-        return launch
-
-    with table.answering(remember):
-        try:
-            run()
-        except Exception as error:
-            failure = _described(error)
-    return found[-1] if found else None, failure
 
 
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:200]}"
 
 
-def _candidates(shipped, effort: Effort) -> list:
-    """The shipped launch, or tuple of launches, first; then all others, each once."""
-    variants = itertools.product(effort.num_warps, effort.num_stages)
-    return list(dict.fromkeys([shipped, *(_vary(shipped, *variant) for variant in variants)]))
-
-
-def _vary(launch, num_warps: int, num_stages: int):
-    if isinstance(launch, tuple):
-        return tuple(_vary(part, num_warps, num_stages) for part in launch)
-    fields = {field.name for field in dataclasses.fields(launch)}
-    wanted = {"num_warps": num_warps, "num_stages": num_stages}
-    return dataclasses.replace(launch, **{k: v for k, v in wanted.items() if k in fields})
-
-
-def _judge(
-    table: Table,
-    shape: Shape,
-    dtype: torch.dtype,
-    attend: Callable[[], torch.Tensor],
-    inputs: dict[str, torch.Tensor],
-) -> None:
-    with_gradients = table.direction == "backward"
+def _judge(problem: Problem, attend: Callable[[], torch.Tensor], inputs: dict) -> None:
+    with_gradients = problem.direction == "backward"
     official, truth = (
-        official_results(table.attention, shape, dtype, computed_in, with_gradients)
-        for computed_in in (dtype, torch.float64)
+        official_results(
+            problem.attention, problem.shape, problem.dtype, computed_in, with_gradients
+        )
+        for computed_in in (problem.dtype, torch.float64)
     )
     harness.judge(results(attend, inputs, with_gradients), official, truth)
 
 
-def _times_in_turn(table: Table, runs: dict, rounds: int) -> dict:
+def times_in_turn(runs: dict[Candidate, Callable], rounds: int) -> dict[Candidate, float]:
     """Milliseconds of each candidate, all of them in turn in each round, fastest first."""
-    times = {launch: [] for launch in runs}
+    times = {candidate: [] for candidate in runs}
     for _ in range(rounds):
-        for launch, run in runs.items():
-            with table.answering(lambda _, launch=launch: launch):
+        for candidate, run in runs.items():
+            with candidate.launched():
                 harness.flush_cache()
                 start = CLOCK()
                 run()
-                times[launch].append(CLOCK() - start)
-    typical_ms = {launch: 1e3 * harness.typical(seconds) for launch, seconds in times.items()}
+                times[candidate].append(CLOCK() - start)
+    typical_ms = {candidate: 1e3 * harness.typical(seconds) for candidate, seconds in times.items()}
     return dict(sorted(typical_ms.items(), key=lambda item: item[1]))
 
 
-def _problems(trial: bool) -> Iterator[tuple[Table, Shape, str]]:
-    """Every table on CAT-S' stages and a large map, what matters to most models first."""
-    if trial:
-        yield from itertools.product(TABLES, TRIAL_SHAPES, ("tf32",))
-        return
-    shapes = [*cat_stages("small", batch=256), cat_stages("small", 512, batch=8)[0]]
-    for precision in PRECISIONS:
-        yield from ((table, shape, precision) for shape in shapes for table in TABLES)
-
-
 @contextlib.contextmanager
-def _computing_in(precision: str) -> Iterator[torch.dtype]:
-    dtype, setting = PRECISIONS[precision]
+def _computing_in(problem: Problem) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
+    torch.set_float32_matmul_precision("high" if problem.tf32 else "highest")
     # the official results of the same dtype are others
     official_results.cache_clear()
     try:
-        yield dtype
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
         official_results.cache_clear()
@@ -283,8 +249,7 @@ class Record:
 def _print(row: dict) -> None:
     print(f"\n{row['problem']}")
     for launch, ms in row["candidates_ms"].items():
-        note = "  shipped" if launch == row["shipped"] else ""
-        print(f"  {ms:8.4f} ms  {launch}{note}")
+        print(f"  {ms:8.4f} ms  {launch}")
     for launch, reason in row["failures"].items():
         print(f"  no number  {launch}: {reason}")
     print(f"  to ship: {next(iter(row['candidates_ms']), 'none works')}", flush=True)
@@ -297,29 +262,36 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS")
     arguments = parser.parse_args()
 
-    effort = TRIAL if arguments.trial else Effort()
     end = time.monotonic() + arguments.time_limit
     record = Record.of(arguments.output, machine.describe() | {"trial": arguments.trial})
+    target = None
+    if not interpreting():
+        from catkernels.kernels.compile_ahead import current_target
+
+        target = current_target()
+    trials = {
+        (problem, table): candidates(table, shipped)[: 2 if arguments.trial else None]
+        for problem in problems(arguments.trial)
+        for table, shipped in problem.tables(target).items()
+        if not record.holds(f"{problem} {table}")
+    }
+    failures = compile_all([(p, c) for (p, _), tried in trials.items() for c in tried], target)
     left = []
     with harness.own_stream():
-        for table, shape, precision in _problems(arguments.trial):
-            problem = f"{table} {shape} {precision}"
-            if record.holds(problem):
-                continue
+        for (problem, table), tried in trials.items():
+            name = f"{problem} {table}"
             if time.monotonic() > end:
-                left.append(problem)
+                left.append(name)
                 continue
             try:
-                with _computing_in(precision) as dtype:
-                    found = tune(table, shape, dtype, effort)
+                found = tune(problem, tried, failures, 1 if arguments.trial else ROUNDS)
             except Exception as error:
                 # a launch that breaks the device breaks all others of this process: the next run
                 # leaves it out
-                record.add({"problem": problem} | _result(None, {}, {None: _described(error)}))
+                record.add({"problem": name} | _result(tried[0], {}, {tried[0]: _described(error)}))
                 raise
-            if found:
-                record.add({"problem": problem} | found)
-                _print(record.rows[-1])
+            record.add({"problem": name} | found)
+            _print(record.rows[-1])
     if left:
         print(f"out of time, run again to go on with: {'; '.join(left)}")
     broken = [row["problem"] for row in record.rows if row["shipped_ms"] is None]

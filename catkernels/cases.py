@@ -68,14 +68,14 @@ def make_ipsa_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """``qkv``, ``bias_table`` (in ``table_dtype``) and ``qkv_bias`` for `ipsa_attention`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     sizes = {
         "qkv": (shape.batch, shape.height, shape.width, 3 * shape.channels),
         "bias_table": ((2 * shape.patch_size - 1) ** 2, shape.num_heads),
         "qkv_bias": (3 * shape.channels,),
     }
     inputs = {
-        name: torch.randn(size, generator=generator).to(device, dtype)
+        name: torch.randn(size, generator=generator, device=device).to(dtype)
         for name, size in sizes.items()
     }
     inputs["bias_table"] = inputs["bias_table"].to(table_dtype or dtype)
@@ -91,12 +91,12 @@ def make_cpsa_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """``x`` and the four weights (std 1/N by default) for `cpsa_attention`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     tokens = shape.patch_size**2
     std = 1 / shape.patch_size if weight_std is None else weight_std
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator) * std).to(device, dtype)
+        return (torch.randn(size, generator=generator, device=device) * std).to(dtype)
 
     return {
         "x": normal(shape.batch, shape.height, shape.width, shape.channels),
@@ -109,7 +109,7 @@ def make_cpsa_inputs(
 
 @dataclass(frozen=True)
 class IPSACase:
-    """A call of IPSA: its shape, and which inputs it lacks."""
+    """A call of IPSA: its shape, which inputs it lacks, and whether its table stays in float32."""
 
     name: str
     batch: int
@@ -121,12 +121,14 @@ class IPSACase:
     without: tuple[str, ...] = ()
     scale: float | None = None
     dropout_p: float = 0.0
+    mixed: bool = False
 
     def __str__(self) -> str:
         return self.name
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> Inputs:
-        inputs = make_ipsa_inputs(self.shape, dtype, device, seed=seed)
+        table_dtype = torch.float32 if self.mixed else dtype
+        inputs = make_ipsa_inputs(self.shape, dtype, device, table_dtype=table_dtype, seed=seed)
         return inputs | dict.fromkeys(self.without)
 
     def attend(self, qkv: Tensor, bias_table: Tensor | None, qkv_bias: Tensor | None) -> Tensor:
@@ -182,7 +184,7 @@ class IPSACase:
 
 @dataclass(frozen=True)
 class CPSACase:
-    """A call of CPSA."""
+    """A call of CPSA, and whether its map is float32, as under autocast, and is rounded as read."""
 
     name: str
     batch: int
@@ -191,22 +193,26 @@ class CPSACase:
     channels: int
     patch_size: int = 7
     dropout_p: float = 0.0
+    mixed: bool = False
 
     def __str__(self) -> str:
         return self.name
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> Inputs:
-        return make_cpsa_inputs(self.shape, dtype, device, seed=seed)
+        inputs = make_cpsa_inputs(self.shape, dtype, device, seed=seed)
+        return inputs | {"x": inputs["x"].float()} if self.mixed else inputs
 
     def attend(self, x: Tensor, *weights: Tensor) -> Tensor:
         """By the kernels."""
-        options = {"patch_size": self.patch_size, "dropout_p": self.dropout_p}
-        return cpsa.cpsa_attention(x, *weights, **options, scale=1 / self.patch_size, dtype=x.dtype)
+        options = {"scale": 1 / self.patch_size, "dtype": weights[0].dtype}
+        return cpsa.cpsa_attention(
+            x, *weights, patch_size=self.patch_size, dropout_p=self.dropout_p, **options
+        )
 
     def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
         """By the reference."""
         options = {"patch_size": self.patch_size, "dropout_p": self.dropout_p}
-        return reference.cpsa_attention(x, *weights, **options)
+        return reference.cpsa_attention(x.to(weights[0].dtype), *weights, **options)
 
     def kept(self, seed: int) -> Tensor:
         """Which weights the kernels keep: bool (B, C, P, P)."""
@@ -245,7 +251,8 @@ def results(
 
 def random_grad(shape: Shape, like: Tensor, seed: int = 0) -> Tensor:
     """A gradient of a call's output, in the dtype and on the device of ``like``."""
-    return torch.randn(shape.size, generator=torch.Generator().manual_seed(seed)).to(like)
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(shape.size, generator=generator, device=like.device).to(like)
 
 
 def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:

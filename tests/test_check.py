@@ -63,6 +63,8 @@ class Faulty:
 
     def attend(self, *inputs):
         out = self.specified(*inputs)
+        if self.name == "raise":
+            raise RuntimeError("no such instruction")
         if self.name == "die":
             os._exit(7)
         if self.name == "wrong":
@@ -135,7 +137,7 @@ def test_compiling_ahead_fills_the_cache_for_the_launch(tmp_path):
 
     target = GPUTarget("cuda", 90, 32)
     task = replace(ON_CPU, cases=(TINY,), dtype=torch.bfloat16, device="cuda", target=target)
-    broken = replace(task, family="broken", cases=(Faulty("wrong"),), target=None)
+    broken = replace(task, family="broken", cases=(Faulty("raise"),))
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
 
     def compile_once() -> set[Path]:
@@ -145,7 +147,7 @@ def test_compiling_ahead_fills_the_cache_for_the_launch(tmp_path):
         good, bad = sorted(done, key=lambda outcome: outcome.task.family, reverse=True)
         assert good.failure is None
         assert good.result >= 2
-        assert bad.failure
+        assert bad.failure == "RuntimeError: no such instruction"
         return set(tmp_path.rglob("*.cubin"))
 
     first = compile_once()

@@ -65,6 +65,7 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
         IPSACase("several windows a tile, padded", 4, 11, 10, patch_size=4),
         IPSACase("windows of 8 x 8", 1, 16, 8, patch_size=8),
         IPSACase("without a table", 1, 14, 14, without=("bias_table",)),
+        IPSACase("table in float32", 1, 14, 14, mixed=True),
         IPSACase("CAT-S, stage 1, 8 images", 8, 56, 56, num_heads=3),
     ),
     "ipsa, wide heads": (
@@ -98,6 +99,12 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
         CPSACase("90, padded", 1, 60, 70, 5),
         CPSACase("stage 1 of 512 x 512", 1, 128, 128, 96),
     ),
+    "cpsa, map in float32": (
+        CPSACase("stage 1", 1, 56, 56, 96, mixed=True),
+        CPSACase("stage 2", 1, 28, 28, 192, mixed=True),
+        CPSACase("stage 3", 1, 14, 14, 384, mixed=True),
+        CPSACase("stage 4", 2, 7, 7, 768, mixed=True),
+    ),
     "cpsa, dropout": (
         CPSACase("4", 2, 14, 14, 17, dropout_p=0.25),
         CPSACase("64", 1, 56, 56, 8, dropout_p=0.25),
@@ -119,6 +126,7 @@ class Task:
     Attributes:
         tf32: torch's setting for products of float32.
         target: what the kernels are compiled for, as Triton has it.
+        forward: leave the backward pass out.
     """
 
     family: str
@@ -128,6 +136,7 @@ class Task:
     device: str
     target: object = None
     repeats: int = REPEATS
+    forward: bool = False
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
@@ -139,7 +148,7 @@ class Task:
         for case in self.cases:
             if not case.unsupported_reasons(device, self.dtype, needs_grad=False):
                 reasons = case.unsupported_reasons(device, self.dtype, needs_grad=True)
-                yield case, not reasons
+                yield case, not reasons and not self.forward
 
 
 @dataclass(frozen=True)
@@ -268,7 +277,7 @@ def compile_case(task: Task) -> int:
     from catkernels.ops.operator import take_cpu_tensors
 
     take_cpu_tensors()
-    with _products(task.tf32), compiling_for(task.target) as compiled:
+    with products(task.tf32), compiling_for(task.target) as compiled:
         for case, differentiate in task.passes():
             inputs = case.inputs(task.dtype, torch.device("cpu"), seed=0)
             grad_out = torch.empty(case.shape.size, dtype=task.dtype) if differentiate else None
@@ -284,7 +293,7 @@ def judge(task: Task) -> Row:
     if not cases:
         return Row(str(task), "not served", "by the kernels: the reference serves it")
     device = torch.device(task.device)
-    with _products(task.tf32):
+    with products(task.tf32):
         for case, differentiate in cases:
             forward_only += not differentiate
             try:
@@ -318,7 +327,7 @@ def _compared(
     case: Case, task: Task, inputs: Inputs, differentiate: bool
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Results by the kernels, by plain PyTorch in the same dtype, and in float64."""
-    like = next(iter(inputs.values()))
+    like = torch.empty(0, dtype=task.dtype, device=task.device)
     grad_out = random_grad(case.shape, like) if differentiate else None
     actual = poisoned_results(case.attend, inputs, grad_out)
     for _ in range(task.repeats):
@@ -352,7 +361,8 @@ def poisoned_results(attend, inputs: Inputs, grad_out: Tensor | None) -> dict[st
 
 
 @contextlib.contextmanager
-def _products(tf32: bool) -> Iterator[None]:
+def products(tf32: bool) -> Iterator[None]:
+    """A context in which products of float32 are TF32, or exact."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:

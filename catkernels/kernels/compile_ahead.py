@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -36,6 +36,25 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, CompiledKernel]
     Raises:
         RuntimeError: the interpreter is on, which compiles nothing.
     """
+    compiled: list[tuple[str, CompiledKernel]] = []
+    run = JITFunction.run
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((kernel.__name__, result))
+        return result
+
+    with _launching_as(compile_only, target):
+        yield compiled
+
+
+def launching_nothing_on(target: GPUTarget) -> contextlib.AbstractContextManager[None]:
+    """A context in which launchers look up their launches for ``target``, and that is all."""
+    return _launching_as(lambda kernel, *args, **kwargs: None, target)
+
+
+@contextlib.contextmanager
+def _launching_as(run: Callable, target: GPUTarget) -> Iterator[None]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("Triton's interpreter compiles nothing: unset TRITON_INTERPRET")
 
@@ -46,24 +65,16 @@ def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, CompiledKernel]
         get_current_device = staticmethod(lambda: target)
         get_current_stream = staticmethod(lambda device: 0)
 
-    compiled: list[tuple[str, CompiledKernel]] = []
-    run = JITFunction.run
-
-    def compile_only(kernel, *args, grid, warmup, **kwargs):
-        result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((kernel.__name__, result))
-        return result
-
-    previous = triton.runtime.driver._active
+    shipped_run, shipped_driver = JITFunction.run, triton.runtime.driver._active
     triton.runtime.driver.set_active(Driver())
-    JITFunction.run = compile_only
+    JITFunction.run = run
     architecture.cache_clear()
     try:
-        yield compiled
+        yield
     finally:
-        JITFunction.run = run
+        JITFunction.run = shipped_run
         architecture.cache_clear()
-        triton.runtime.driver._active = previous
+        triton.runtime.driver._active = shipped_driver
 
 
 def build_launcher(kernel: CompiledKernel) -> None:
