@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from catkernels.parts import BlockParts, has_official_parts
 from catkernels.reference import relative_position_index
+from catkernels.torch_state.hooks import OWN_CALL
 
 # What every module has of its own, and what says how it is called and not what it computes.
-OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "forward", "_compiled_call_impl"})
+OF_EVERY_MODULE = OWN_CALL.union(vars(nn.Module()))
 
 
 def twin_of_block(block: nn.Module, parts: BlockParts, generator: torch.Generator) -> nn.Module:

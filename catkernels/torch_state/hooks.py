@@ -14,6 +14,8 @@ _CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 # Set by a backward hook's registration, beside the dictionaries.
 _FLAG = "_is_full_backward_hook"
+# What an instance may have of its own that says how it is called.
+OWN_CALL = frozenset({"forward", "_compiled_call_impl"})
 
 
 def is_intercepted(module: nn.Module) -> bool:
