@@ -121,15 +121,12 @@ class BlockParts:
     def of(cls, block: Any) -> BlockParts:
         """Read a block that has an attention, ours or one in whose place ours could stand."""
         patch_size = getattr(block, "patch_size", "?")
-        norm = block._modules.get("norm1")
-        weight = None if norm is None else next(norm.parameters(), None)
-        channels = getattr(block, "dim", None if weight is None else len(weight))
         return cls(
             attn_type=getattr(block, "attn_type", "?"),
             patch_size=patch_size,
             side=patch_side(patch_size),
             map_size=map_size(block),
-            channels=channels,
+            channels=_channels(block),
             num_heads=getattr(block.attn, "num_heads", None),
             attn=block.attn,
         )
@@ -140,6 +137,17 @@ class BlockParts:
         side = self.side or 1
         height, width = self.map_size or (side, 2 * side)
         return num_patches(height, width, side)
+
+
+def _channels(block: Any) -> int | None:
+    """C of a block, by its norm, by what it says of itself, or by what its MLP takes."""
+    norm, mlp = block._modules.get("norm1"), block._modules.get("mlp")
+    if isinstance(norm, nn.LayerNorm):
+        return norm.normalized_shape[-1]
+    if isinstance(getattr(block, "dim", None), int):
+        return int(block.dim)
+    layers = () if mlp is None else mlp.modules()
+    return next((layer.in_features for layer in layers if isinstance(layer, nn.Linear)), None)
 
 
 def has_official_parts(attn: nn.Module) -> bool:

@@ -341,6 +341,30 @@ class InlineNorm(Block):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class InlineMlp(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.attended(self.norm1(x)))
+        mlp = self.mlp
+        return x + self.drop_path(mlp.fc2(mlp.act(mlp.fc1(self.norm2(x)))))
+
+
+class FlatMlp(Block):
+    def forward(self, x):
+        x = x + self.drop_path(self.attended(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x).flatten(0, 1)).view_as(x))
+
+
+class RMSNorm(nn.Module):
+    """A norm that is not PyTorch's."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).rsqrt() * self.weight
+
+
 class Remembers(Block):
     """One with state that its results do not show."""
 
@@ -351,9 +375,10 @@ class Remembers(Block):
         random.random()
         np.random.random()  # noqa: NPY002 what user code draws from
         torch.rand(1)
+        if self.training:
+            self.cache["gain"].append(torch.rand(1, generator=self.generator))
+        self.ema.mul_(0.5)
         return self.last
-
-    seen = ()
 
 
 class Fused(Attention):
@@ -370,13 +395,23 @@ class SinglePrecisionSoftmax(Attention):
         return scores.float().softmax(-1).type_as(scores)
 
 
-RIGHT = [InPlace, Recomputes, RecomputesReentrantly, InlineNorm, Fused, SinglePrecisionSoftmax]
+RIGHT = [
+    InPlace,
+    Recomputes,
+    RecomputesReentrantly,
+    InlineNorm,
+    InlineMlp,
+    FlatMlp,
+    Fused,
+    SinglePrecisionSoftmax,
+]
 # What shows in IPSA only: a CPSA block has one head and no bias.
 ONLY_IPSA = {InterleavedHeads, TransposedBias, StopsTheBiasGradient}
 DROPS = {
     DropsLogits: "its attn_drop is not given the attention weights",
     NeverDropsWeights: "its attn_drop is not given the attention weights",
     DropsBeforeTheProjection: "its proj_drop is not given what proj makes",
+    InlineMlp: "it does not compute what CAT's block does",
 }
 WRONG = [
     fork
@@ -445,6 +480,14 @@ def test_what_computes_the_same_in_its_own_way_is_swapped(fork, kind):
     torch.testing.assert_close(run(model, images), expected)
 
 
+def test_norms_of_any_class_are_called():
+    model = official.CAT(**TINY, norm_layer=RMSNorm).eval()
+    images = torch.randn(2, 3, 56, 56)
+    expected = run(model, images)
+    assert len(patch(model).swapped) == 6
+    torch.testing.assert_close(run(model, images), expected)
+
+
 def test_the_reason_says_by_how_much():
     model, _ = build_fork(HalfBranches)
     with pytest.raises(ValueError, match=r"its output in evaluation differs by 50 ?%"):
@@ -506,22 +549,27 @@ def test_comparing_touches_nothing(fork):
     model, _ = build_fork(fork)
     calls = []
     for block in blocks_of(model):
-        block.seen = []
+        block.seen, block.cache, block.ema = [], {"gain": []}, torch.ones(1)
+        block.generator = torch.Generator().manual_seed(1)
         for part in ("", "norm1", "attn", "attn.qkv", "drop_path", "mlp.fc1"):
             block.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
     first = model.layers[0].pre_ipsa_blocks[0].eval()
     first.attn.train()
     first.H = first.W = 17
     before = state_of(model)
-    gradients = torch.is_grad_enabled()
+    states = [block.generator.get_state() for block in blocks_of(model)]
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1))
     assert_generators_unmoved(lambda: patch_or_fail(model))
+    handle.remove()
     assert len(unpatch(model)) == (6 if fork is Remembers else 0)
     after = state_of(model)
     assert before.keys() == after.keys()
     assert all(before[key] is after[key] or before[key] == after[key] for key in before)
     assert calls == []
-    assert torch.is_grad_enabled() == gradients
-    assert all(block.seen == [] and not hasattr(block, "calls") for block in blocks_of(model))
+    for block, generator_state in zip(blocks_of(model), states, strict=True):
+        assert (block.seen, block.cache, block.ema) == ([], {"gain": []}, torch.ones(1))
+        assert not hasattr(block, "calls")
+        assert torch.equal(block.generator.get_state(), generator_state)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

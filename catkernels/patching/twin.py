@@ -8,8 +8,11 @@ or sharded all alike. Nothing of the original is touched.
 from __future__ import annotations
 
 import copy
+import random
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,60 +22,100 @@ from catkernels.torch_state.hooks import OWN_CALL
 
 # What every module has of its own, and what says how it is called and not what it computes.
 OF_EVERY_MODULE = OWN_CALL.union(vars(nn.Module()))
+# Whose modules do more than compute: they talk to other processes, or compile.
+_NOT_RUN = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "torch.jit")
 
 
-def twin_of_block(block: nn.Module, parts: BlockParts, generator: torch.Generator) -> nn.Module:
-    """A block whose own arithmetic, and its attention's, is that of ``block``.
+@dataclass(frozen=True)
+class Twins:
+    """How twins are made.
 
-    What any block only calls is stood in for: a norm or a dropout of PyTorch's by one like it, the
-    rest by functions that know what they get. The drop path adds a half, so that it is seen.
+    Attributes:
+        generator: what random weights are drawn from.
+        stand_ins: whether a child that a block only calls is stood in for by a function of its own,
+            which takes a fraction of an MLP's time. A block that reaches into its children, or
+            gives them other axes, needs them as they are.
     """
-    twin = _bare_twin(block)
-    for name, child in block._modules.items():
-        twin._modules[name] = _twin_of_child(child, generator)
-    twin._modules["attn"] = _twin_of_attention(parts, generator)
-    twin._modules["mlp"] = _StandIn(generator)
-    drop_path = twin.get_submodule("drop_path")
-    drop_path.register_forward_hook(lambda module, arguments, output: 1.5 * output)
-    return twin.eval()
 
+    generator: torch.Generator
+    stand_ins: bool
 
-def _twin_of_attention(parts: BlockParts, generator: torch.Generator) -> nn.Module:
-    """An attention of the same class, or a stand-in for one that is wrapped."""
-    attn: Any = parts.attn
-    if not has_official_parts(attn):
-        return _StandIn(generator)
-    channels, side = parts.channels or 0, parts.side or 0
-    twin = _bare_twin(attn)
-    for name, parameter in attn._parameters.items():
-        twin._parameters[name] = None if parameter is None else _random(parameter.shape, generator)
-    for name in attn._buffers:
-        # the one buffer that is known here; `recognise` has compared its values
-        twin._buffers[name] = relative_position_index(side, torch.device("cpu"))
-    for name, child in attn._modules.items():
-        twin._modules[name] = _twin_of_child(child, generator)
-    width = channels if parts.attn_type == "ipsa" else side**2
-    twin._modules["qkv"] = _linear_twin(attn.qkv, width, 3 * width, generator)
-    twin._modules["proj"] = _linear_twin(attn.proj, width, width, generator)
-    return twin
+    def of_block(self, block: nn.Module, parts: BlockParts) -> nn.Module:
+        """A block whose own arithmetic, and its attention's, is that of ``block``.
 
+        Its drop path adds a half, and where the MLP drops anything it adds a half there, so that
+        numbers show where they are.
+        """
+        twin = _bare_twin(block)
+        for name, child in block._modules.items():
+            twin._modules[name] = self._of_child(child)
+        twin._modules["attn"] = self._of_attention(parts)
+        mlp = twin._modules["mlp"]
+        if self.stand_ins or mlp is None:
+            twin._modules["mlp"] = _StandIn(self.generator)
+        else:
+            for module in mlp.modules():
+                if isinstance(module, nn.Dropout) and module.p:
+                    _add_a_half(module)
+        _add_a_half(twin.get_submodule("drop_path"))
+        return twin.eval()
 
-def _twin_of_child(child: nn.Module | None, generator: torch.Generator) -> nn.Module | None:
-    """A child that is only called, of the same class where that is harmless to run."""
-    if child is None:
-        return None
-    of_torch = type(child).__module__.startswith("torch.nn.modules.")
-    if not of_torch and (child._modules or child._parameters or child._buffers):
-        return _StandIn(generator)
-    twin = _bare_twin(child)
-    for name, grandchild in child._modules.items():
-        twin._modules[name] = _twin_of_child(grandchild, generator)
-    for name, parameter in child._parameters.items():
-        twin._parameters[name] = None if parameter is None else _random(parameter.shape, generator)
-    for name, buffer in child._buffers.items():
-        # positive, as a variance must be
-        twin._buffers[name] = None if buffer is None else _random(buffer.shape, generator).exp()
-    return twin
+    def _of_attention(self, parts: BlockParts) -> nn.Module:
+        """An attention of the same class, or a stand-in for one that is wrapped."""
+        attn: Any = parts.attn
+        if not has_official_parts(attn):
+            return _StandIn(self.generator)
+        channels, side = parts.channels or 0, parts.side or 0
+        twin = _bare_twin(attn)
+        for name, parameter in attn._parameters.items():
+            twin._parameters[name] = self._parameter(parameter)
+        for name in attn._buffers:
+            # the one buffer that is known here; `recognise` has compared its values
+            twin._buffers[name] = relative_position_index(side, torch.device("cpu"))
+        for name, child in attn._modules.items():
+            twin._modules[name] = self._of_child(child)
+        width = channels if parts.attn_type == "ipsa" else side**2
+        twin._modules["qkv"] = self._linear(attn.qkv, width, 3 * width)
+        twin._modules["proj"] = self._linear(attn.proj, width, width)
+        return twin
+
+    def _of_child(self, child: nn.Module | None) -> nn.Module | None:
+        """A child that is only called, of its own class where it is PyTorch's or has no weights."""
+        if child is None:
+            return None
+        of_torch = type(child).__module__.startswith("torch.nn.modules.")
+        holds = bool(child._modules or child._parameters or child._buffers)
+        if type(child).__module__.startswith(_NOT_RUN) or (
+            self.stand_ins and holds and not of_torch
+        ):
+            return _StandIn(self.generator)
+        twin = _bare_twin(child)
+        for name, grandchild in child._modules.items():
+            twin._modules[name] = self._of_child(grandchild)
+        for name, parameter in child._parameters.items():
+            twin._parameters[name] = self._parameter(parameter)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                # positive, as a variance must be
+                buffer = _random(buffer.shape, self.generator).exp()
+            twin._buffers[name] = _copied(buffer)
+        return twin
+
+    def _linear(self, layer: Any, in_features: int, out_features: int) -> nn.Linear:
+        """A linear layer of the widths of ``layer``, or of these where it does not say them."""
+        in_features = getattr(layer, "in_features", in_features)
+        out_features = getattr(layer, "out_features", out_features)
+        bias = getattr(layer, "bias", None) is not None
+        twin = nn.Linear(in_features, out_features, bias, device="meta")
+        twin.weight = nn.Parameter(_random((out_features, in_features), self.generator))
+        if bias:
+            twin.bias = nn.Parameter(_random((out_features,), self.generator))
+        return twin
+
+    def _parameter(self, parameter: Tensor | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        return nn.Parameter(_random(parameter.shape, self.generator))
 
 
 def _bare_twin(module: nn.Module) -> nn.Module:
@@ -81,30 +124,33 @@ def _bare_twin(module: nn.Module) -> nn.Module:
     nn.Module.__init__(twin)
     for name, value in vars(module).items():
         if name not in OF_EVERY_MODULE:
-            # what is counted or cached in it is counted and cached in the copy
-            shallow = isinstance(value, list | dict | set)
-            vars(twin)[name] = copy.copy(value) if shallow else value
+            vars(twin)[name] = _copied(value)
     return twin
 
 
-def _linear_twin(
-    layer: Any, in_features: int, out_features: int, generator: torch.Generator
-) -> nn.Linear:
-    """A linear layer of the widths of ``layer``, or of these where it does not say them."""
-    in_features = getattr(layer, "in_features", in_features)
-    out_features = getattr(layer, "out_features", out_features)
-    bias = getattr(layer, "bias", None) is not None
-    twin = nn.Linear(in_features, out_features, bias, device="meta")
-    twin.weight = _random((out_features, in_features), generator)
-    if bias:
-        twin.bias = _random((out_features,), generator)
-    return twin
+def _copied(value: Any) -> Any:
+    """A value whose changes do not show in the original: what is counted, cached or drawn in it."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.detach().to("cpu", copy=True)
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_copied, value))
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if isinstance(value, random.Random | np.random.Generator):
+        return copy.deepcopy(value)
+    return value
 
 
-def _random(shape: tuple[int, ...], generator: torch.Generator) -> nn.Parameter:
+def _add_a_half(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, arguments, output: 1.5 * output)
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """A weight that gives values of about 1 for values of about 1, or a vector of such."""
     values = torch.randn(shape, dtype=torch.float64, generator=generator)
-    return nn.Parameter(values / shape[-1] ** 0.5 if len(shape) > 1 else values)
+    return values / shape[-1] ** 0.5 if len(shape) > 1 else values
 
 
 class _StandIn(nn.Module):

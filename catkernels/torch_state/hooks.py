@@ -1,12 +1,17 @@
 """What calling a module does beyond what its class says.
 
-PyTorch keeps a module's hooks in dictionaries of the instance, and how it was compiled in an
-attribute, all of them private. Nothing else in this package names them.
+PyTorch keeps a module's hooks in dictionaries of the instance, those of all modules in a file of
+its own, and how a module was compiled in an attribute. Nothing else in this package names them.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
+from torch.nn.modules import module as calls
 
 # What a call looks into.
 _CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -43,3 +48,17 @@ def wraps_compiled(module: nn.Module) -> bool:
     """Whether ``module`` is what `torch.compile` put around another one."""
     # by its name: to import the class is to import the compiler
     return type(module).__name__ == "OptimizedModule"
+
+
+@contextmanager
+def global_hooks_set_aside() -> Iterator[None]:
+    """Within it, no hook that was registered for all modules sees a module made or called."""
+    names = [name for name in vars(calls) if name.startswith("_global") and name.endswith(_HOOKS)]
+    held = {name: getattr(calls, name) for name in names}
+    try:
+        for name in names:
+            setattr(calls, name, OrderedDict())
+        yield
+    finally:
+        for name, hooks in held.items():
+            setattr(calls, name, hooks)
