@@ -117,8 +117,7 @@ class CATBlock(StandIn):
         tokens = tokens + self.drop_path(attended.flatten(1, 2))
         branch = self.drop_path(self.mlp(self.norm2(tokens)))
         # a sum, no view of one: FSDP2 marks the result, and a view that is changed loses its mark
-        output: Tensor = tokens.reshape(x.shape) + branch.reshape(x.shape)
-        return output
+        return tokens.reshape(x.shape) + branch.reshape(x.shape)
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
@@ -152,8 +151,7 @@ class CATBlock(StandIn):
             layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
             return layer(parts, x, self.patch_size, self.backend)[0]
         if isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens:
-            attended: Tensor = attn(x)
-            return attended
+            return attn(x)
         return self._attend_through_tokens(x)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
@@ -190,8 +188,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(check_probability("drop", drop))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-        return output
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class DropPath(nn.Module):

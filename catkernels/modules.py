@@ -240,17 +240,17 @@ def ipsa_layer(
     if plain is not None and backend != "triton":
         weights = (*plain[0].parameters(), *plain[1].parameters(), attn.table)
         if cpu.serves(x, *weights, dropout_p=attn.dropout_p, return_attention=return_attention):
-            return _call(attn.proj_drop, cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
+            return attn.proj_drop(cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
     output, attention = attend(x)
-    return _call(attn.proj_drop, output), attention
+    return attn.proj_drop(output), attention
 
 
 def _project(attn: AttentionParts, layer: nn.Module, x: Tensor, patch_size: int) -> Tensor:
     """``layer``, which is qkv or proj, of a map (B, H, W, C) that N divides or that is its own."""
     if attn.takes_any_axes:
-        return _call(layer, x)
+        return layer(x)
     windows = reference.to_windows(x, patch_size)
-    output = _call(layer, windows.flatten(0, 1))
+    output = layer(windows.flatten(0, 1))
     output = output.reshape(*windows.shape[:3], output.shape[-1])
     return reference.from_windows(output, patch_size, *x.shape[1:3])
 
@@ -322,14 +322,14 @@ def cpsa_layer(
             return_attention=return_attention,
         )
     output, attention = _pair(result)
-    return _call(attn.proj_drop, output), attention
+    return attn.proj_drop(output), attention
 
 
 def _by_sequences(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """``layer`` of the patches (B, C, P, N*N), which gets (B*C, P, N*N) as in the official code."""
 
     def apply(patches: Tensor) -> Tensor:
-        output = _call(layer, patches.flatten(0, 1))
+        output = layer(patches.flatten(0, 1))
         return output.reshape(*patches.shape[:3], output.shape[-1])
 
     return apply
@@ -338,12 +338,6 @@ def _by_sequences(layer: nn.Module) -> Callable[[Tensor], Tensor]:
 def _pair(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     """What an attention returns, with None for weights that were not asked for."""
     return result if isinstance(result, tuple) else (result, None)
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)``, which is a tensor."""
-    output: Tensor = module(x)
-    return output
 
 
 def check_floating(x: Tensor) -> None:

@@ -33,8 +33,11 @@ class Block(official.CATBlock):
         batch, tokens, channels = x.shape
         bottom, right = -height % self.patch_size, -width % self.patch_size
         x = self.pad(x.view(batch, height, width, channels), bottom, right)
-        attend = self.attend_within if self.attn_type == "ipsa" else self.attend_across
-        return self.crop(attend(x), height, width).reshape(batch, tokens, channels)
+        return self.crop(self.attend(x), height, width).reshape(batch, tokens, channels)
+
+    def attend(self, x):
+        attend = official.attend_within if self.attn_type == "ipsa" else official.attend_across
+        return attend(self.attn, x, self.patch_size)
 
     def pad(self, x, bottom, right):
         return F.pad(x, (0, 0, 0, right, 0, bottom))
@@ -153,11 +156,8 @@ class PaddedBeforeTheNorm(Block):
 
 
 class Transposed(Block):
-    def attend_within(self, x):
-        return super().attend_within(x.transpose(1, 2)).transpose(1, 2)
-
-    def attend_across(self, x):
-        return super().attend_across(x.transpose(1, 2)).transpose(1, 2)
+    def attend(self, x):
+        return super().attend(x.transpose(1, 2)).transpose(1, 2)
 
 
 class InTraining(Block):

@@ -22,8 +22,8 @@ from catkernels.torch_state.hooks import OWN_CALL
 
 # What every module has of its own, and what says how it is called and not what it computes.
 OF_EVERY_MODULE = OWN_CALL.union(vars(nn.Module()))
-# Whose modules do more than compute: they talk to other processes, or compile.
-_NOT_RUN = ("torch.nn.parallel", "torch.distributed", "torch._dynamo", "torch.jit")
+# Where PyTorch has modules that only compute. Its others talk to other processes, or compile.
+_LAYERS = "torch.nn.modules."
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Twins:
         """A child that is only called, of its own class where it is PyTorch's or has no weights."""
         if child is None:
             return None
-        of_torch = type(child).__module__.startswith("torch.nn.modules.")
+        home = type(child).__module__
         holds = bool(child._modules or child._parameters or child._buffers)
-        if type(child).__module__.startswith(_NOT_RUN) or (
-            self.stand_ins and holds and not of_torch
+        if not home.startswith(_LAYERS) and (
+            home.startswith("torch.") or (self.stand_ins and holds)
         ):
             return _StandIn(self.generator)
         twin = _bare_twin(child)
@@ -165,5 +165,4 @@ class _StandIn(nn.Module):
         for axis, step in zip(range(1, x.dim()), self.steps, strict=False):
             index = torch.arange(x.shape[axis], dtype=x.dtype)
             place = place + step * index.view(-1, *(1,) * (x.dim() - axis - 1))
-        output: Tensor = 0.5 * x + (x + self.phase).sin() * (1 + place).cos()
-        return output
+        return 0.5 * x + (x + self.phase).sin() * (1 + place).cos()
