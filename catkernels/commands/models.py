@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from catkernels.cat import VARIANTS
+from catkernels.cat import VARIANTS, CATOptions
 from catkernels.checkpoint import DoesNotFit, LoadReport, load_checkpoint, read_weights
 from catkernels.digits import DIGITS
 
 # As arguments of `CAT`.
-MODELS: dict[str, dict[str, Any]] = {"digits": DIGITS} | VARIANTS
+MODELS: dict[str, CATOptions] = {"digits": DIGITS} | VARIANTS
 DEFAULT_SIZE = 224
 # What every CAT has.
 _EMBEDDING = "patch_embed.proj.weight"
