@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _add_check(commands) -> None:
+def _add_check(commands: Any) -> None:
     check = commands.add_parser("check", help="whether the kernels are right on this GPU")
     check.add_argument(
         "--interpret", action="store_true", help="without a GPU: a few calls in the interpreter"
@@ -80,7 +80,7 @@ def _in_words(error: Exception) -> str | None:
     return str(error)
 
 
-def _add_demo(commands) -> None:
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="run a CAT on a photo, or a trained one on digits")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photo; one is shipped")
     demo.add_argument("--model", choices=MODELS, help="default: the checkpoint's, else cat_small")
@@ -98,7 +98,7 @@ def _add_demo(commands) -> None:
     )
 
 
-def _add_train(commands) -> None:
+def _add_train(commands: Any) -> None:
     train = commands.add_parser("train", help="train a CAT classifier, on digits or your images")
     train.add_argument(
         "--data",
@@ -145,7 +145,7 @@ def _add_train(commands) -> None:
     )
 
 
-def _add_predict(commands) -> None:
+def _add_predict(commands: Any) -> None:
     predict = commands.add_parser("predict", help="classify photos with trained weights")
     predict.add_argument("images", nargs="+", type=Path, metavar="PHOTO", help="or a folder")
     predict.add_argument(

@@ -117,7 +117,9 @@ def tf32_products() -> contextlib.AbstractContextManager[object]:
     By itself PyTorch takes exact products for sizes that suit tensor cores badly, such as tokens of
     49 pixels, and is then more exact than the setting asks for.
     """
-    return _TF32Products() if allows_tf32() else contextlib.nullcontext()
+    if not allows_tf32():
+        return contextlib.nullcontext()
+    return _TF32Products()  # type: ignore[no-untyped-call]
 
 
 class _TF32Products(TorchDispatchMode):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from catkernels.reference import relative_position_index
 from catkernels.torch_state.tensors import is_wrapper
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 # Where training code keeps the weights within a checkpoint.
 _CONTAINERS = ("model", "state_dict", "model_state_dict")
@@ -71,7 +74,7 @@ class DoesNotFit(ValueError):
 
 def load_checkpoint(
     model: nn.Module,
-    path_or_state_dict: str | os.PathLike | Mapping[str, Tensor],
+    path_or_state_dict: Source,
     strict: bool = True,
     *,
     new_head: bool = False,
@@ -171,7 +174,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return weights
 
 
-def _named_weights(path_or_state_dict) -> tuple[dict[str, Tensor], list[str], str]:
+def _named_weights(
+    path_or_state_dict: Source,
+) -> tuple[dict[str, Tensor], list[str], str]:
     """The weights, the names that were not a CAT's, and what to call the whole in messages."""
     source, where = _read(path_or_state_dict)
     return *_strip_prefix(_unwrap(source, where)), where
@@ -209,7 +214,7 @@ def _orders_as_ours(index: Tensor) -> bool:
     return torch.equal(index.long(), ours)
 
 
-def _read(path_or_state_dict) -> tuple[Mapping, str]:
+def _read(path_or_state_dict: Source) -> tuple[Any, str]:
     """The checkpoint's content and what to call it in messages."""
     if isinstance(path_or_state_dict, Mapping):
         return path_or_state_dict, "the state_dict"
@@ -271,11 +276,11 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 class _Configuration:
     """Stands for the official code's configuration, a dictionary that nothing here uses."""
 
-    def __new__(cls) -> OrderedDict:
+    def __new__(cls) -> Any:
         return OrderedDict()
 
 
-def _unwrap(content, where: str) -> dict[str, Tensor]:
+def _unwrap(content: Any, where: str) -> dict[str, Tensor]:
     """The weights by name, out of whatever dictionary a training script saved them in."""
     for name in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -333,7 +338,7 @@ def _convert_position_embedding(
     if value.dim() not in (3, 4) or len(wanted) not in (3, 4):
         return value
     if value.dim() == 3:
-        known = tuple(wanted[2:]) if as_map else ape_grid
+        known = (wanted[2], wanted[3]) if as_map else ape_grid
         old = _grid(value.shape[1], known)
         if old is None:
             return value
@@ -343,8 +348,9 @@ def _convert_position_embedding(
     if value_grid.shape[1] != wanted[1 if as_map else 2]:
         return value
     if as_map:
-        return _resize(value_grid, tuple(wanted[2:]))
-    new = _grid(wanted[1], ape_grid or tuple(value_grid.shape[2:]))
+        return _resize(value_grid, (wanted[2], wanted[3]))
+    height, width = value_grid.shape[2:]
+    new = _grid(wanted[1], ape_grid or (height, width))
     return value if new is None else _resize(value_grid, new).flatten(2).permute(0, 2, 1)
 
 

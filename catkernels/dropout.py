@@ -6,6 +6,8 @@ backward pass draws the same again. Here the same bits are drawn for a reference
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,9 @@ class SameDropout(TorchFunctionMode):
         super().__init__()
         self.seed, self.keep = seed, keep
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if function is torch.randint:
             return torch.tensor([self.seed], device=kwargs.get("device"))

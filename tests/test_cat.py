@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import catkernels
-from catkernels import complexity, official
+from catkernels import official
 from catkernels.cat import VARIANTS
 
 DATA = Path(__file__).parent / "data"
@@ -71,10 +71,9 @@ def relative_error(actual, expected, noise: float = 0.0) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions", "gmacs"),
-    [("cat_tiny", 16.87, 2.770), ("cat_small", 37.29, 6.063), ("cat_base", 51.53, 8.928)],
+    ("name", "millions"), [("cat_tiny", 16.87), ("cat_small", 37.29), ("cat_base", 51.53)]
 )
-def test_parameters_and_macs_of_the_paper(name, millions, gmacs):
+def test_parameters_of_the_paper(name, millions):
     with torch.device("meta"):
         ours = getattr(catkernels, name)()
         theirs = official.CAT(**VARIANTS[name])
@@ -82,29 +81,6 @@ def test_parameters_and_macs_of_the_paper(name, millions, gmacs):
         k: v.shape for k, v in theirs.state_dict().items()
     }
     assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 2) == millions
-    macs = complexity.count_macs(theirs, torch.empty(1, 3, 224, 224, device="meta"))
-    assert round(macs / 1e9, 3) == gmacs
-
-
-def test_formulas_equal_the_counts():
-    with torch.device("meta"):
-        model = catkernels.cat_small()
-    stages = complexity.stage_macs(model)
-    assert [stage.height for stage in stages] == [56, 28, 14, 7]
-    for stage in stages:
-        assert stage.ipsa == stage.ipsa_counted
-        assert stage.cpsa == stage.cpsa_counted
-        assert stage.cpsa < stage.ipsa <= stage.msa
-    # by hand: 4 * 49 * 768**2 + 2 * 49 * 49 * 768, and 4 * 49 * 49 * 768 + 2 * 7 * 7 * 768
-    assert stages[3].ipsa == 119_293_440
-    assert stages[3].cpsa == 7_451_136
-    padded = complexity.stage_macs(model, (500, 333))
-    assert [(stage.height, stage.width) for stage in padded] == [
-        (126, 84),
-        (63, 42),
-        (35, 21),
-        (21, 14),
-    ]
 
 
 THREE_STAGES = {"embed_dim": 8, "depths": (1, 2, 1), "num_heads": (1, 2, 2), "num_classes": 5}

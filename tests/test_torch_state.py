@@ -5,6 +5,7 @@ Where a new version of PyTorch has moved one of the private ends, this file is t
 
 from __future__ import annotations
 
+import ast
 import re
 from functools import reduce
 from pathlib import Path
@@ -34,7 +35,7 @@ PRIVATE_ENDS = [
     "utils._python_dispatch._disable_current_modes",
     "_dynamo.OptimizedModule",
 ]
-# The same of every module. All but the last three are read in `torch_state` alone.
+# The same of every module.
 PRIVATE_ATTRIBUTES = [
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -54,6 +55,7 @@ PRIVATE_ATTRIBUTES = [
     "_parameters",
     "_buffers",
 ]
+# What a module holds, by name: read wherever its names matter, as every library does.
 READ_EVERYWHERE = {"_non_persistent_buffers_set", "_modules", "_parameters", "_buffers"}
 
 
@@ -74,19 +76,26 @@ def test_no_dictionary_of_hooks_is_overlooked():
     assert named <= set(PRIVATE_ATTRIBUTES)
 
 
+def private_reads(tree: ast.AST) -> list[str]:
+    """What a file takes of PyTorch that is private, as far as its syntax shows."""
+    names = {*PRIVATE_ATTRIBUTES, "_dynamo_marked_constant"} - READ_EVERYWHERE
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            read = ast.unparse(node)
+            if node.attr in names or re.match(r"(torch(\.\w+)*|forward_ad)\._[a-zA-Z]", read):
+                found.append(read)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            found += [alias.name for alias in node.names if alias.name.startswith("_")]
+    return found
+
+
 def test_nobody_else_reads_what_is_private():
-    attributes = set(PRIVATE_ATTRIBUTES) - READ_EVERYWHERE
-    private = re.compile(
-        r"\btorch(\.\w+)*\._(?!_)(?!python_dispatch import TorchDispatchMode)"
-        rf"|_dynamo_|forward_ad\._|__tensor_flatten__|\b({'|'.join(attributes)})\b"
-    )
-    found = [
-        f"{file.relative_to(PACKAGE)}: {line.strip()}"
+    found = {
+        str(file.relative_to(PACKAGE)): reads
         for file in PACKAGE.rglob("*.py")
-        if "torch_state" not in file.parts
-        for line in file.read_text().splitlines()
-        if private.search(line)
-    ]
+        if "torch_state" not in file.parts and (reads := private_reads(ast.parse(file.read_text())))
+    }
     assert not found
 
 

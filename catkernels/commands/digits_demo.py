@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from catkernels.block import CATBlock
 from catkernels.cat import CAT
 from catkernels.commands.models import Checkpoint
-from catkernels.digits import DIGITS, pretrained_digits
-from catkernels.reference import from_windows
+from catkernels.digits import IMAGE_SIZE, pretrained_digits
+from catkernels.reference import ceil_div, from_windows
 from catkernels.torch_state.device import best_device
 from catkernels.training.data import digits_data
 
@@ -62,12 +63,13 @@ def run(trained: Checkpoint | None, *, save: Path) -> None:
     """
     device = best_device()
     if trained is None:
-        model, size = pretrained_digits(), DIGITS["img_size"]
+        model, size = pretrained_digits(), IMAGE_SIZE
     else:
         model, size = CAT(**trained.options), trained.size
         print(trained.load_into(model))
     model = model.to(device).eval()
-    images, labels = (t.to(device) for t in digits_data(size).test[:])
+    held_out: Any = digits_data(size).test
+    images, labels = (t.to(device) for t in held_out[:])
     with torch.inference_mode():
         confidence, told = model(images).softmax(-1).max(-1)
     answers = Answers(images, labels, told, confidence)
@@ -121,7 +123,8 @@ def cpsa_map(weights: Tensor, query: Tensor, height: int, width: int) -> Tensor:
 def _draw(model: CAT, shown: Answers, wrong: Answers, total: int) -> Figure:
     """Ten digits and where both attentions of the first stage look; below, the surest mistakes."""
     figure = Figure(figsize=(14, 6.8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(4.6, 2.2))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(4.6, 2.2))
+    top, bottom = parts
     top.suptitle("held-out digits, and where stage 1 of CAT looks")
     _draw_attention(top.subplots(3, len(shown), squeeze=False), model, shown)
     _draw_mistakes(bottom, wrong, total)
@@ -130,10 +133,11 @@ def _draw(model: CAT, shown: Answers, wrong: Answers, total: int) -> Figure:
 
 def _draw_attention(panels: np.ndarray, model: CAT, shown: Answers) -> None:
     """A column for each digit: the image, and both attentions over it."""
-    images, stage = shown.images, model.layers[0]
+    images = shown.images
+    stage: Any = model.layers[0]
     side = stage.cpsa_blocks[0].patch_size
     height, width = images.shape[2:]
-    rows, columns = -(-height // side), -(-width // side)
+    rows, columns = ceil_div(height, side), ceil_div(width, side)
     query = F.avg_pool2d(images, side, ceil_mode=True).flatten(1).argmax(1)  # the most ink
     padded = (rows * side, columns * side)
     ipsa = attention_weights(model, stage.pre_ipsa_blocks[0], images)
@@ -142,8 +146,11 @@ def _draw_attention(panels: np.ndarray, model: CAT, shown: Answers) -> None:
         heat[:, :height, :width].cpu().numpy()
         for heat in (ipsa_map(ipsa, *padded), cpsa_map(cpsa, query, *padded))
     ]
-    names = ("classified as", "IPSA: looked at\nwithin its patch")
-    names += ("CPSA: what the\nboxed patch sees",)
+    names = (
+        "classified as",
+        "IPSA: looked at\nwithin its patch",
+        "CPSA: what the\nboxed patch sees",
+    )
     for axes, name in zip(panels[:, 0], names, strict=True):
         axes.set_ylabel(name)
     for column, axes in enumerate(panels[0]):

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from catkernels.cat import VARIANTS
+from catkernels.cat import VARIANTS, CATOptions
 from catkernels.checkpoint import DoesNotFit, LoadReport, load_checkpoint, read_weights
 from catkernels.digits import DIGITS
 
 # As arguments of `CAT`.
-MODELS: dict[str, dict[str, Any]] = {"digits": DIGITS} | VARIANTS
+MODELS: dict[str, CATOptions] = {"digits": DIGITS} | VARIANTS
 DEFAULT_SIZE = 224
 # What every CAT has.
 _EMBEDDING = "patch_embed.proj.weight"
@@ -25,8 +25,8 @@ _EMBEDDING = "patch_embed.proj.weight"
 
 def default_size(model: str) -> int:
     """Side of the images that a model is made for."""
-    size: int = MODELS[model].get("img_size", DEFAULT_SIZE)
-    return size
+    size = MODELS[model].get("img_size", DEFAULT_SIZE)
+    return size if isinstance(size, int) else size[0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Checkpoint:
     classes: tuple[str, ...] | None
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> CATOptions:
         """The arguments of `CAT` that build the model."""
         return MODELS[self.model] | {
             "img_size": self.size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from torch import Tensor
 from catkernels import official
 from catkernels.commands.models import MODELS, Checkpoint, default_size
 from catkernels.images import ink, middle_square, normalised, read_photo
-from catkernels.patching.patch import PatchReport, patch
+from catkernels.patching.patch import patch
+from catkernels.patching.report import PatchReport
 from catkernels.torch_state.device import best_device
 
 try:
@@ -131,7 +132,9 @@ def compare(network: official.CAT, images: Tensor) -> tuple[list[Stage], PatchRe
                 rounds[-1].append(_timed_pass(contender, images)[1])
                 bar.update()
 
-    typical = min if images.device.type == "cpu" else statistics.median
+    typical: Callable[[Iterable[float]], float] = (
+        min if images.device.type == "cpu" else statistics.median
+    )
     stages = []
     for stage, (before, after, _) in enumerate(zip(*maps, strict=True)):
         times = zip(*([ms[stage] for ms in one_round] for one_round in rounds), strict=True)

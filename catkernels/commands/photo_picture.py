@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -33,7 +33,8 @@ def draw(photo: PIL.Image.Image, title: str, stages: Sequence[Stage]) -> Figure:
         "CAT on a photo, as the official code computes it and patched by catkernels: both agree to "
         f"{max(stage.difference.max().item() for stage in stages):.0e}\n{title}"
     )
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.7, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(2.7, 1))
+    top, bottom = parts
     panels = top.subplots(3, 1 + len(stages))
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def run(
     checkpoint: Path | None,
     resume: bool,
     strict: bool,
-    **recipe_changes,
+    **recipe_changes: Any,
 ) -> None:
     """Train a classifier, and leave its weights, metrics and curve in ``output``.
 
@@ -91,7 +92,7 @@ def run(
         if drop_path is not None:
             options["drop_path_rate"] = drop_path
         torch.manual_seed(recipe.seed)
-        network = CAT(**options, backend=backend)
+        network = CAT(**(options | {"backend": backend}))
         described = {
             "data": data,
             "classes": list(images.classes),
@@ -139,7 +140,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _train(trainer: Trainer, folder: RunFolder, state: dict | None, origin: str | None) -> None:
+def _train(
+    trainer: Trainer, folder: RunFolder, state: dict[str, Any] | None, origin: str | None
+) -> None:
     """Train to the end, from ``state`` on, showing how far it has come and saving it."""
     if state is not None:
         trainer.load_state_dict(state)

@@ -177,7 +177,7 @@ def _num_windows(shape: torch.Size, patch_size: int) -> int:
 
 def _forward_flops(qkv_shape, *arguments, **_) -> int:
     """Two products with the windows' N*N x N*N weights, padded pixels included."""
-    *_, patch_size, _, _ = arguments
+    patch_size = arguments[-3]  # of what ends in patch_size, scale, dropout_p
     return 2 * 2 * _num_windows(qkv_shape, patch_size) * patch_size**4 * (qkv_shape[3] // 3)
 
 

@@ -13,11 +13,14 @@ from catkernels.torch_state.device import KERNEL_DEVICES, TRITON_IS_INSTALLED, i
 
 # Keeps the operators that are defined in it alive.
 _library = torch.library.Library("catkernels", "FRAGMENT")
-_implementations: dict[str, Callable] = {}
+_implementations: dict[str, Callable[..., Any]] = {}
 
 
 def define_operator(
-    schema: str, implementation: Callable, fake: Callable, flops: Callable
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Define ``torch.ops.catkernels.<name>``.
 
@@ -73,7 +76,7 @@ def take_cpu_tensors() -> None:
             _library.impl(name, implementation, "CPU")
 
 
-def call_once_differentiable(operator: Callable, function: str, *arguments):
+def call_once_differentiable(operator: Callable[..., Any], function: str, *arguments):
     """``operator(*arguments)`` in the backward pass of ``function``, which has no second one.
 
     `torch.autograd.function.once_differentiable` would stay silent, and wrong, where the incoming

@@ -70,14 +70,14 @@ class ImageData:
         unreadable: why images of the folder were left out, one line each.
     """
 
-    train: Dataset
-    test: Dataset
+    train: TensorDataset | PhotoDataset
+    test: TensorDataset | PhotoDataset
     classes: tuple[str, ...]
     augmentation: Augmentation
     unreadable: tuple[str, ...] = ()
 
 
-class PhotoDataset(Dataset):
+class PhotoDataset(Dataset[tuple[Tensor, int]]):
     """Photos in files, read when they are asked for."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], size: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -49,19 +49,18 @@ class Processes:
         Raises:
             OSError, ValueError: what ``work`` raised there, in every process.
         """
-        result = error = None
+        outcome: list[Any] = [None, None]
         if self.is_first:
             try:
-                result = work()
+                outcome[0] = work()
             except (OSError, ValueError) as raised:
-                error = raised
-        outcome = [result, error]
+                outcome[1] = raised
         if self.count > 1:
             dist.broadcast_object_list(outcome)
         result, error = outcome
         if error is not None:
             raise error
-        return result
+        return cast(Result, result)
 
 
 @contextmanager

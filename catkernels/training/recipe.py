@@ -7,6 +7,7 @@ mixup and cutmix; what an image may undergo instead is `catkernels.training.data
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
@@ -73,7 +74,7 @@ def make_optimizer(model: CAT, recipe: Recipe) -> torch.optim.AdamW:
         return parameter.dim() > 1 and name not in spared
 
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if decays(name, p)]},
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
     ]

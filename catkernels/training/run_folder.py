@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -40,7 +40,7 @@ class RunFolder:
         curve: path of a picture of it.
     """
 
-    def __init__(self, path: Path, options: dict, processes: int) -> None:
+    def __init__(self, path: Path, options: dict[str, Any], processes: int) -> None:
         self.path = path
         self.options = options
         self.resumed_only_with = options | {"processes": processes}
@@ -50,7 +50,7 @@ class RunFolder:
         self.curve = path / "curve.png"
         self.saved_at = time.monotonic()
 
-    def resume(self, wanted: bool) -> dict | None:
+    def resume(self, wanted: bool) -> dict[str, Any] | None:
         """The state that the run got to, or None for a run that has to start.
 
         Args:
@@ -95,7 +95,7 @@ class RunFolder:
         """Whether the last checkpoint is old enough for another one."""
         return time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
 
-    def save_checkpoint(self, state: dict) -> None:
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
         content = {"options": self.resumed_only_with, "state": state}
         write_atomically(self.checkpoint, lambda file: torch.save(content, file))
         self.saved_at = time.monotonic()

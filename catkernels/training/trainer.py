@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class Trainer:
                     self.epochs.append(self._finish_epoch(epoch, start))
                 yield self.epochs[-1] if ends_epoch else None
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """All that training from the present step on depends on, beside the recipe and the data."""
         return {
             "step": self.step,
@@ -125,7 +126,7 @@ class Trainer:
             "epochs": [asdict(epoch) for epoch in self.epochs],
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back, or on, to where `state_dict` was called."""
         for name in ("model", "optimizer", "schedule", "scaler"):
             getattr(self, name).load_state_dict(state[name])
@@ -137,14 +138,14 @@ class Trainer:
         """This process's share of each batch of an epoch, but for the first ``done``."""
         count = self.processes.count
         share = self.recipe.batch_size // count
-        sampler = DistributedSampler(
+        sampler: DistributedSampler[Any] = DistributedSampler(
             self.data.train, count, self.processes.rank, seed=self.recipe.seed, drop_last=True
         )
         sampler.set_epoch(epoch)
         remaining = list(sampler)[done * share : self.steps_per_epoch * share]
         return iter(self._loader(self.data.train, share, sampler=remaining))
 
-    def _loader(self, dataset: Dataset, batch_size: int, **options) -> DataLoader:
+    def _loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size,
@@ -189,7 +190,7 @@ class Trainer:
         test_loss, test_accuracy = self.evaluate()
         return Epoch(
             epoch=epoch + 1,
-            learning_rate=self.schedule.get_last_lr()[0],
+            learning_rate=float(self.schedule.get_last_lr()[0]),
             train_loss=train_loss,
             test_loss=test_loss,
             test_accuracy=test_accuracy,
