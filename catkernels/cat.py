@@ -231,23 +231,27 @@ class CAT(nn.Module):
         """The output (B, H_i, W_i, C_i) of each stage in turn, before its norm."""
         x = self.patch_embed(images)
         if self.ape is not None:
-            x = x + self._position_embedding(self.ape, *x.shape[1:3])
+            x = add_position_embedding(x, self._ape_as_map(self.ape))
         x = self.pos_drop(x)
         for layer in self.layers:
             out, x = layer(x)
             yield out
 
-    def _position_embedding(self, ape: Tensor, height: int, width: int) -> Tensor:
-        """The absolute position embedding, resized where need be: (1, height, width, C)."""
-        grid = ape if self.is_backbone else to_map(ape, *self.ape_grid).permute(0, 3, 1, 2)
-        if (height, width) != self.ape_grid:
-            grid = F.interpolate(grid, (height, width), mode="bicubic")
-        return grid.permute(0, 2, 3, 1)
+    def _ape_as_map(self, ape: Tensor) -> Tensor:
+        """The absolute position embedding at the size that it has: (1, C, H, W)."""
+        return ape if self.is_backbone else to_map(ape, *self.ape_grid).permute(0, 3, 1, 2)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that the paper's recipe does not decay, as timm's optimizers ask for them."""
         positions = {"ape", "relative_position_bias_table"}
         return {name for name, _ in self.named_parameters() if name.split(".")[-1] in positions}
+
+
+def add_position_embedding(x: Tensor, embedding: Tensor) -> Tensor:
+    """A map (B, H, W, C) plus an embedding (1, C, h, w), which is resized where need be."""
+    if embedding.shape[2:] != x.shape[1:3]:
+        embedding = F.interpolate(embedding, x.shape[1:3], mode="bicubic")
+    return x + embedding.permute(0, 2, 3, 1)
 
 
 class CATLayer(nn.Module):

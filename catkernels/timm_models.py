@@ -9,20 +9,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
+import torch
 from torch import Tensor, nn
 
 from catkernels import cat
+from catkernels.block import CATBlock
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from timm.layers import SelectAdaptivePool2d
-    from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+    from timm.models import (
+        build_model_with_cfg,
+        generate_default_cfgs,
+        register_model,
+        register_notrace_function,
+        register_notrace_module,
+    )
 except ImportError as error:
     raise ImportError(
         f"CAT among timm's models needs timm ({error}): pip install 'catkernels[timm]'"
     ) from error
+except (RuntimeError, AttributeError) as error:
+    # what timm's torchvision fails with, made for another torch: at first, and once it was tried
+    if "torchvision" not in str(error):
+        raise
+    major, minor = torch.__version__.split(".")[:2]
+    wanted = f"0.{int(minor) + 15}" if major == "2" else "made for it"
+    raise ImportError(
+        f"timm needs a torchvision that fits torch {torch.__version__}, which is torchvision "
+        f"{wanted}; that here does not ({error}): install it, from where torch came from"
+    ) from error
 
 __all__ = ["CAT", "cat_base", "cat_small", "cat_tiny"]
+
+# What `torch.fx` must call and not trace, since it asks for the sizes of a map.
+for module in (CATBlock, cat.PatchEmbedding, cat.PatchProjection):
+    register_notrace_module(module)
+register_notrace_function(cat.add_position_embedding)
 
 # The official evaluation: the shorter side to 256 pixels, of which the middle 224 x 224 are seen.
 # There is no source of weights: none are hosted in the present layout of the official code.
@@ -236,4 +259,12 @@ def _create(variant: str, pretrained: bool, **overrides) -> nn.Module:
     options = cat.VARIANTS[variant] | overrides
     stages = tuple(range(len(options["depths"])))
     features = {"out_indices": options.pop("out_indices", stages), "feature_cls": "getter"}
-    return build_model_with_cfg(CAT, variant, pretrained, feature_cfg=features, **options)
+    try:
+        return build_model_with_cfg(CAT, variant, pretrained, feature_cfg=features, **options)
+    except RuntimeError as error:
+        if not pretrained or "No pretrained weights" not in str(error):
+            raise
+        raise RuntimeError(
+            f"no weights of {variant} are hosted: leave pretrained out and give your own by "
+            "checkpoint_path=, or to the model by catkernels.load_checkpoint"
+        ) from error

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import catkernels
 from catkernels import official
-from catkernels.cat import VARIANTS
+from catkernels.cat import VARIANTS, add_position_embedding
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = ["classification_112", "classification_shrunk_patch", "backbone_padded"]
@@ -125,9 +125,11 @@ def test_patch_projection_orders_its_neighbours():
 def test_position_embedding_is_resized_with_the_image():
     cat = catkernels.CAT(**THREE_STAGES, img_size=(32, 48), ape=True)
     assert cat.ape.shape == (1, 8 * 12, 8)
-    same = cat._position_embedding(cat.ape, 8, 12)
+    same = add_position_embedding(torch.zeros(1, 8, 12, 8), cat._ape_as_map(cat.ape))
     assert torch.equal(same.flatten(1, 2), cat.ape)
-    assert cat._position_embedding(cat.ape, 5, 9).shape == (1, 5, 9, 8)
+    resized = add_position_embedding(torch.zeros(1, 5, 9, 8), cat._ape_as_map(cat.ape))
+    assert resized.shape == (1, 5, 9, 8)
+    assert resized.std() > 0.5 * cat.ape.std()
     dense = catkernels.CAT(**THREE_STAGES, img_size=(32, 48), ape=True, out_indices=(2,))
     assert dense.ape.shape == (1, 8, 8, 12)
 

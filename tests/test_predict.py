@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fresh_process import run_python
 from PIL import Image
-from tiny_training import write_corrupt_dds, write_photos
+from tiny_training import SMALL, write_corrupt_dds, write_photos
 
 from catkernels.__main__ import main
 from catkernels.cat import CAT
@@ -28,8 +28,7 @@ def photos(tmp_path_factory) -> Path:
 def trained(photos, tmp_path_factory) -> Path:
     """What a run of training wrote that learned to tell them."""
     run = tmp_path_factory.mktemp("run")
-    options = ["--data", str(photos), "--model", "digits", "--size", "8", "--batch-size", "8"]
-    options += ["--epochs", "6", "--learning-rate", "0.1", "--workers", "0"]
+    options = ["--data", str(photos), "--epochs", "6", "--learning-rate", "0.1", *SMALL]
     assert main(["train", *options, "--output", str(run)]) == 0
     return run / "model.safetensors"
 
@@ -135,15 +134,11 @@ def test_errors_are_one_line_and_exit_2(trained, photos, tmp_path, capfd, argume
     assert "strict=False" not in errors
 
 
-def test_a_missing_package_is_named():
-    output = run_python(
-        """
-        import sys
-        sys.modules["PIL"] = None
-        from catkernels.__main__ import main
-        sys.stderr = sys.stdout
-        assert main(["predict", "photo.jpg", "--checkpoint", "weights.pth"]) == 2
-        """
-    )
-    assert output.startswith("python -m catkernels predict: reading images needs PIL")
-    assert output.endswith(": pip install pillow\n")
+def test_a_missing_package_is_named(monkeypatch, capsys):
+    for name in ("catkernels.commands.predict", "catkernels.images", "PIL.Image"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main(["predict", "photo.jpg", "--checkpoint", "weights.pth"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m catkernels predict: reading images needs PIL")
+    assert error.endswith(": pip install pillow\n")

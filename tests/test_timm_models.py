@@ -15,7 +15,7 @@ except (ImportError, RuntimeError) as error:  # the latter from a torchvision of
     pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
 
 from timm.data import resolve_model_data_config
-from timm.models import group_parameters
+from timm.models import create_feature_extractor, group_parameters
 from timm.optim import create_optimizer_v2
 
 from catkernels import timm_models
@@ -284,12 +284,6 @@ def test_preprocessing_is_that_of_the_official_evaluation():
     assert config["std"] == (0.229, 0.224, 0.225)
 
 
-def test_no_weights_are_hosted():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for cat_tiny"):
-        build(pretrained=True)
-    assert timm.list_models("cat_*", pretrained=True) == []
-
-
 def test_weights_from_files(tmp_path):
     ours = catkernels.cat_tiny(**OPTIONS, num_classes=5).eval()
     torch.save({"model": ours.state_dict()}, path := tmp_path / "cat.pth")
@@ -306,6 +300,28 @@ def test_weights_from_files(tmp_path):
         assert torch.equal(backbone(x)[-1].permute(0, 2, 3, 1), list(ours.stage_maps(x))[-1])
     larger = build(img_size=64)
     assert "ape" in catkernels.load_checkpoint(larger, path).converted
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_no_weights_are_hosted(features_only):
+    with pytest.raises(
+        RuntimeError, match=r"no weights of cat_tiny are hosted.*checkpoint_path=.*load_checkpoint"
+    ):
+        build(pretrained=True, features_only=features_only)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (50, 61)])
+def test_traced_by_fx(size):
+    """As timm's own tests do, and at another size than the embedding's."""
+    model = build(depths=(1, 1), num_heads=(1, 1))
+    extractor = create_feature_extractor(model, {"layers.0.downsample": "next", "head": "logits"})
+    x = images(size=size)
+    outputs = extractor(x)
+    torch.testing.assert_close(outputs["logits"], model(x))
+    (first, _) = model.stage_maps(x)
+    torch.testing.assert_close(outputs["next"], model.layers[0].downsample(first))
+    outputs["logits"].sum().backward()
+    assert all(parameter.grad is not None for parameter in extractor.parameters())
 
 
 def test_patching_leaves_it_as_it_is():

@@ -11,9 +11,9 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-from fresh_process import ROOT, run_python, torchrun
+from fresh_process import ROOT, run_python
 from safetensors.torch import load_file
-from tiny_training import write_photos
+from tiny_training import SMALL, write_photos
 
 from catkernels.__main__ import main
 from catkernels.digits import WEIGHTS
@@ -24,9 +24,6 @@ from catkernels.training.trainer import Trainer
 @pytest.fixture
 def photos(tmp_path) -> Path:
     return write_photos(tmp_path / "photos")
-
-
-SMALL = ("--model", "digits", "--size", "8", "--batch-size", "8", "--workers", "0")
 
 
 def train_command(photos: Path, output: Path, *more: str) -> list[str]:
@@ -191,57 +188,6 @@ def test_errors_are_one_line_and_exit_2(photos, tmp_path, capfd, arguments, mess
     assert message in errors
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "run").exists()
-
-
-FOLDERS = """
-import os, sys
-from catkernels.__main__ import main
-sys.exit(main([argument.format(**os.environ) for argument in sys.argv[1:]]))
-"""
-
-
-def test_torchrun_divides_it_without_further_flags(photos, tmp_path, capsys):
-    (tmp_path / "folders.py").write_text(FOLDERS)
-    # each process with a folder of its own, as on machines that share none
-    command = train_command(photos, tmp_path / "run{RANK}", "--epochs", "2")
-    output = torchrun(2, str(tmp_path / "folders.py"), *command)
-    assert "fp32 on cpu and 1 more" in output
-    assert output.count("test accuracy") == 3
-    assert (tmp_path / "run0" / "model.safetensors").exists()
-    assert not (tmp_path / "run1").exists()
-
-    output = torchrun(2, str(tmp_path / "folders.py"), *command, "--resume")
-    assert "resumed after step 4 of 4" in output
-    alone = train_command(photos, tmp_path / "run0", "--epochs", "2", "--resume")
-    assert main(alone) == 2
-    assert "processes was 2 and is now 1: start it as it was started" in capsys.readouterr().err
-
-
-THREADS = """
-import sys
-from pathlib import Path
-from catkernels.__main__ import main
-from catkernels.training.trainer import Trainer
-
-def gloo_threads():
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum("gloo" in name for name in names)
-
-during = []
-evaluate = Trainer.evaluate
-Trainer.evaluate = lambda self: (during.append(gloo_threads()), evaluate(self))[1]
-assert main(sys.argv[1:]) == 0
-assert min(during) > 0, during
-assert gloo_threads() == 0
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's list of threads")
-def test_the_processes_end_after_their_threads(photos, tmp_path):
-    """One that outlives the interpreter aborts the process, now and then."""
-    (tmp_path / "threads.py").write_text(THREADS)
-    command = train_command(photos, tmp_path / "run", "--epochs", "1")
-    torchrun(2, str(tmp_path / "threads.py"), *command)
 
 
 def test_a_missing_package_is_named():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fresh_process import torchrun
 from tiny_training import (
     RECIPE,
     tiny_data,
@@ -246,39 +245,6 @@ class TestTrainer:
         trainer = Trainer(tiny_model(), tiny_data(), replace(RECIPE, learning_rate=1e30))
         with pytest.raises(ValueError, match=r"the loss became nan in epoch \d: train with a lea"):
             trained(trainer)
-
-
-DIVIDED = """
-import sys
-from pathlib import Path
-import pytest
-import torch
-from tiny_training import RECIPE, tiny_data, tiny_model, trained
-from catkernels.training.processes import joined_processes
-from catkernels.training.trainer import Trainer
-
-with joined_processes() as processes:
-    # what one raises all raise, so that none waits for it
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        processes.from_first(Path("nowhere").stat)
-    trainer = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, processes)
-    weights = trained(trainer)
-    torch.save([weights, trainer.losses, trainer.evaluate()], f"{sys.argv[1]}/{processes.rank}.pt")
-    del trainer
-"""
-
-
-def test_two_processes_give_the_weights_of_one_with_the_joined_batch(tmp_path):
-    (tmp_path / "divided.py").write_text(DIVIDED)
-    torchrun(2, str(tmp_path / "divided.py"), str(tmp_path))
-    cpu = Processes(device=torch.device("cpu"))
-    alone = Trainer(tiny_model(drop_path_rate=0).double(), tiny_data(), RECIPE, cpu)
-    expected = trained(alone)
-    for rank in range(2):
-        weights, losses, evaluation = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(weights, expected)
-        torch.testing.assert_close(losses, alone.losses)
-        assert evaluation == pytest.approx(alone.evaluate())
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

@@ -15,6 +15,8 @@ from catkernels.training.recipe import Recipe
 from catkernels.training.trainer import Trainer
 
 RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.5)
+# Options of the command for photos as `write_photos` makes them.
+SMALL = ("--model", "digits", "--size", "8", "--batch-size", "8", "--workers", "0")
 
 
 def tiny_model(kind: type[catkernels.CAT] = catkernels.CAT, **options) -> catkernels.CAT:
