@@ -37,8 +37,12 @@ def official_norm(modules, x):
     return modules["norm"](x).to(compute_dtype(x)).double(), 2 * x
 
 
+def weights(linear):
+    return linear.weight, linear.bias
+
+
 def projection(modules, x):
-    y, x = norm_linear_residual(x, modules["norm"], modules["fc1"])
+    y, x = norm_linear_residual(x, modules["norm"], *weights(modules["fc1"]))
     return y, 2 * x
 
 
@@ -155,7 +159,7 @@ def test_only_x_is_kept(device, launches):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        norm_linear_residual(x, modules["norm"], modules["fc1"])
+        norm_linear_residual(x, modules["norm"], *weights(modules["fc1"]))
     parameters = (modules["norm"].weight, modules["norm"].bias, modules["fc1"].weight)
     expected = [x, *parameters]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in expected]

@@ -62,24 +62,26 @@ def norm_residual(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return torch.ops.catkernels.norm_forward(*inputs), x
 
 
-def norm_linear_residual(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """``linear(norm(x))`` and ``x``, whose gradients come back in one pass.
+def norm_linear_residual(
+    x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``norm(x) weight^T + bias`` and ``x``, whose gradients come back in one pass.
 
     Only ``x`` is kept for the backward pass, which computes the norm again as it goes through it.
 
     Args:
         x: (.., C), float32, float16 or bfloat16.
         norm: over C, with weights.
-        linear: from C to D.
+        weight, bias: of a linear layer from C to D, (D, C) and (D,), or no bias.
 
     Returns:
         (.., D) in the dtype that the linear layer computes with, and ``x`` itself.
     """
-    parameters = (norm.weight, norm.bias, linear.weight, linear.bias)
+    parameters = (norm.weight, norm.bias, weight, bias)
     if needs_grad(x, *parameters):
         return _NormLinear.apply(x, *parameters, norm.eps, compute_dtype(x))
     normed, x = norm_residual(x, norm)
-    return linear(normed), x
+    return F.linear(normed, weight, bias), x
 
 
 class _Norm(torch.autograd.Function):
@@ -164,7 +166,6 @@ def norm_backward(
         grad_x: what reaches x around the norm, or None.
         needs_parameters: whether weight and bias need a gradient.
     """
-    needs_weight, needs_bias = needs_parameters
     dx, grad_parameters, normed = call_once_differentiable(
         torch.ops.catkernels.norm_backward,
         "a block's norms",
@@ -174,14 +175,21 @@ def norm_backward(
         weight,
         bias,
         eps,
-        needs_weight or needs_bias,
+        any(needs_parameters),
         needs_normed,
     )
+    of_parameters = parameter_gradients(grad_parameters, weight, bias, needs_parameters)
+    return dx, *of_parameters, normed if needs_normed else None
+
+
+def parameter_gradients(
+    gradients: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a norm's weight and bias, those that are needed, from (2, C) in float32."""
+    needs_weight, needs_bias = needed
     return (
-        dx,
-        grad_parameters[0].to(weight.dtype) if needs_weight else None,
-        grad_parameters[1].to(bias.dtype) if needs_bias else None,
-        normed if needs_normed else None,
+        gradients[0].to(weight.dtype) if needs_weight else None,
+        gradients[1].to(bias.dtype) if needs_bias else None,
     )
 
 
@@ -234,7 +242,7 @@ def _backward_outputs(grad_normed, grad_x, x, weight, bias, eps, needs_parameter
     )
 
 
-def _no_products(*shapes, **_) -> int:
+def no_products(*shapes, **_) -> int:
     """FLOPs are those of products, of which a norm has none."""
     return 0
 
@@ -243,12 +251,12 @@ define_operator(
     "norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> Tensor",
     _forward,
     _forward_outputs,
-    _no_products,
+    no_products,
 )
 define_operator(
     "norm_backward(Tensor grad_normed, Tensor? grad_x, Tensor x, Tensor weight, Tensor? bias, "
     "float eps, bool needs_parameters, bool needs_normed) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_outputs,
-    _no_products,
+    no_products,
 )

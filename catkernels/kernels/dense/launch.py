@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
-from catkernels.kernels.launch import Launch, Problem
+from catkernels.kernels.launch import BLACKWELL, CDNA, HOPPER, Launch, Problem, dot_precision
+
+# Arguments of the kernels that change from batch to batch and are not compiled for.
+COUNTS = ("num_rows", "rows_per_image")
 
 # A norm's tile has 16 values a thread, which leaves 128 registers enough and so room for 4 programs
 # a processor: the 48 KiB that they fetch at once keep an H100's memory busy.
@@ -64,3 +68,149 @@ class NormLaunch(Launch):
 def norm_launch(problem: NormProblem) -> NormLaunch:
     """The launch of a norm, forward and backward."""
     return NormLaunch(4, 1, rows=NORM_TILE // problem.block_c)
+
+
+# Chunks of rows that GELU's backward pass sums fc1's bias gradient over, the same on every device
+# for the bits of that sum. Times the blocks of units, of which a CAT has 2 to 24, they are at least
+# one wave of programs on an H100.
+GELU_CHUNKS = 264
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeluProblem(Problem):
+    """GELU of hidden units; products there are none."""
+
+    num_rows: int
+    units: int
+
+    @classmethod
+    def of(cls, h: Tensor) -> GeluProblem:
+        """The problem of a tensor (.., D)."""
+        return cls(
+            dtype=h.dtype,
+            device=h.device,
+            precision="ieee",
+            num_rows=h.shape[:-1].numel(),
+            units=h.shape[-1],
+        )
+
+    def arguments(self) -> dict[str, int | bool]:
+        """The arguments by value and the constants that both kernels take."""
+        return {
+            "num_rows": self.num_rows,
+            "UNITS": self.units,
+            "EXACT": self.dtype == torch.float32,
+        }
+
+
+@dataclass(frozen=True)
+class GeluLaunch(Launch):
+    """How GELU is launched."""
+
+    rows: int  # of a tile
+    block_u: int  # units of a tile
+    chunks: int  # of rows, in the backward pass
+
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "BLOCK_U": self.block_u, **super().constants()}
+
+
+def gelu_launch(problem: GeluProblem) -> GeluLaunch:
+    """The launch of GELU, forward and backward."""
+    # 16 values a thread, of which 8 adjoin in half precision
+    return GeluLaunch(4, 1, rows=16, block_u=128, chunks=GELU_CHUNKS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpProblem(Problem):
+    """The MLP of a block, whose products are computed in ``dtype``."""
+
+    num_rows: int
+    rows_per_image: int
+    channels: int
+    hidden: int
+    stream: torch.dtype  # of the rows, which autocast leaves in float32
+
+    @classmethod
+    def of(cls, x: Tensor, fc1_weight: Tensor) -> MlpProblem:
+        """The problem of rows (B, .., C) and a weight (D, C)."""
+        return cls(
+            dtype=fc1_weight.dtype,
+            device=x.device,
+            precision=dot_precision(fc1_weight.dtype),
+            num_rows=x.shape[:-1].numel(),
+            rows_per_image=x.shape[1:-1].numel(),
+            channels=x.shape[-1],
+            hidden=fc1_weight.shape[0],
+            stream=x.dtype,
+        )
+
+    def arguments(self, eps: float) -> dict[str, int | float | str | bool]:
+        """The arguments by value and the constants that all kernels take."""
+        return {
+            "num_rows": self.num_rows,
+            "rows_per_image": self.rows_per_image,
+            "eps": eps,
+            "C": self.channels,
+            "WIDE": 1 << self.channels.bit_length() - 1,
+            "HIDDEN": self.hidden,
+            "EXACT": self.dtype == torch.float32,
+            "PRECISION": self.precision,
+        }
+
+
+@dataclass(frozen=True)
+class MlpLaunch(Launch):
+    """How a kernel of the MLP is launched."""
+
+    rows: int  # of a tile
+    units: int  # hidden units of a step
+    resident_programs: int = 0  # of the kernel that keeps the weights; 0: of the other one
+    max_registers: int | None = None  # of a thread; None: what the kernel needs
+
+    def constants(self) -> dict[str, int]:
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"ROWS": self.rows, "UNITS": self.units, **limit, **super().constants()}
+
+
+def mlp_forward_launch(problem: MlpProblem) -> MlpLaunch:
+    """The launch of the MLP's forward pass."""
+    arch, channels = problem.architecture, problem.channels
+    half_stream = problem.stream == problem.dtype
+    if problem.dtype == torch.float32:
+        # for tests: exact products keep their operands in registers
+        return MlpLaunch(8, 1, rows=32, units=16)
+    if arch == CDNA:
+        return MlpLaunch(8, 1, rows=128, units=32)
+    if arch == HOPPER and problem.hidden == 4 * channels:
+        # both weights fit in shared memory, and save fetching them once for each tile
+        if channels == 64:
+            # with 128 registers a processor holds two programs; a float32 stream would spill
+            limit = 128 if half_stream else None
+            return MlpLaunch(8, 1, rows=128, units=64, resident_programs=264, max_registers=limit)
+        if channels == 96 and half_stream:
+            # 16 warps, so that the products of some hide the GELU of others
+            return MlpLaunch(16, 1, rows=256, units=32, resident_programs=132)
+        if channels == 96:
+            return MlpLaunch(8, 1, rows=128, units=64, resident_programs=132)
+    # Three stages: with two, the wait for a step's weights follows their fetch at once.
+    if arch in (HOPPER, BLACKWELL) and channels >= 64:
+        # 128 rows fetch the weights half as often as 64, but spill 8 to 64 bytes at 192 channels,
+        # on Hopper only where the stream is float32
+        spills = channels == 192 and (arch == BLACKWELL or not half_stream)
+        return MlpLaunch(8, 3, rows=64 if spills else 128, units=64)
+    # 64 rows of 192 channels spill (48 bytes)
+    return MlpLaunch(4, 3, rows=64 if channels <= 128 else 32, units=32)
+
+
+def mlp_backward_launch(problem: MlpProblem) -> MlpLaunch:
+    """The launch of the MLP's backward pass."""
+    arch, channels = problem.architecture, problem.channels
+    if problem.dtype == torch.float32:
+        return MlpLaunch(8, 1, rows=32, units=16)
+    if arch == CDNA:
+        return MlpLaunch(8, 1, rows=128, units=32)
+    if arch == HOPPER and channels == 96:
+        return MlpLaunch(8, 3, rows=128, units=64)
+    # 4 warps would take 254 registers for 96 channels
+    return MlpLaunch(8 if channels == 96 else 4, 3, rows=64, units=32)

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from catkernels.kernels.dense.launch import NORM_PROGRAMS, NormProblem, norm_launch
+from catkernels.kernels.dense.launch import COUNTS, NORM_PROGRAMS, NormProblem, norm_launch
 from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import chunk_bounds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -38,7 +38,7 @@ def norm_forward_kernel(
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def norm_backward_kernel(
     x_ptr,
     grad_normed_ptr,

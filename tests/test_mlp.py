@@ -1,0 +1,272 @@
+"""The MLP of a block with its norm and residual: in one kernel, and between PyTorch's products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dense_cases import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    MODES,
+    assert_right,
+    half_block,
+    results,
+    rows,
+)
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from catkernels.kernels.dense.launch import MlpLaunch, mlp_forward_launch
+from catkernels.kernels.launch import overriding
+from catkernels.ops.linear import add_branch, per_image
+from catkernels.ops.mlp import fused_mlp, fused_reasons, split_mlp
+from catkernels.torch_state.precision import compute_dtype
+
+pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16")
+
+# The first image's branch is dropped.
+FACTORS = torch.tensor([0.0, 1.25, 1.25])
+# Rows that fill no tile, and of several images.
+SHAPES = [(3, 50, 32), (3, 45, 64), (3, 5, 9, 96), (3, 30, 128), (3, 23, 192)]
+CALLS = {"one kernel": fused_mlp, "between products": split_mlp}
+
+
+def factors(x: Tensor, dropped: bool) -> Tensor | None:
+    return FACTORS[: len(x)].to(x.device, compute_dtype(x)) if dropped else None
+
+
+def ours(call, dropped=True):
+    return lambda modules, x: call(x, *modules.values(), factors(x, dropped))
+
+
+def official(dropped=True):
+    """Output and branch: next to x, errors of the branch would be hard to see."""
+
+    def call(modules, x):
+        hidden = nn.functional.gelu(modules["fc1"](modules["norm"](x)))
+        branch = modules["fc2"](hidden)
+        factor = factors(x, dropped)
+        return x + (branch if factor is None else branch * per_image(factor, x))
+
+    return call
+
+
+def assert_mlp_is_right(call, modules, x, mode, dropped=True):
+    assert_right(ours(call, dropped), official(dropped), modules, x, mode)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_kernel(shape, mode, device, launches, poisoned_memory):
+    assert_mlp_is_right(fused_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
+    assert launches["mlp_forward_kernel"] == 1
+    assert launches["mlp_backward_kernel"] == (shape[-1] <= 96)
+
+
+@pytest.mark.parametrize("mode", [BFLOAT16, AUTOCAST], ids=str)
+@pytest.mark.parametrize("shape", [(3, 45, 64), (3, 50, 96)], ids=str)
+def test_resident_weights(shape, mode, device, launches, poisoned_memory):
+    """Two programs with several tiles each, as some GPUs launch it."""
+    resident = MlpLaunch(4, 1, rows=32, units=64, resident_programs=2)
+
+    def answer(table, problem, shipped):
+        return resident if table is mlp_forward_launch else shipped
+
+    with overriding(answer):
+        assert_mlp_is_right(fused_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
+    assert launches["mlp_resident_kernel"] == 1
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 50, 32), (3, 5, 9, 96), (3, 7, 384)], ids=str)
+def test_between_products(shape, mode, device, launches, poisoned_memory):
+    assert_mlp_is_right(split_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
+    assert launches["bias_gelu_backward_kernel"] == 1
+
+
+def without(name: str):
+    def change(modules: nn.ModuleDict) -> None:
+        layer, parameter = name.split(".")
+        modules[layer].register_parameter(parameter, None)
+
+    return change
+
+
+def frozen(*names: str):
+    return lambda modules: [modules.get_parameter(n).requires_grad_(False) for n in names]
+
+
+CHANGES = {
+    "no bias of the norm": without("norm.bias"),
+    "no bias of fc1": without("fc1.bias"),
+    "no bias of fc2": without("fc2.bias"),
+    "a frozen norm": frozen("norm.weight", "norm.bias"),
+    "a frozen fc1": frozen("fc1.weight", "fc1.bias"),
+    "a frozen fc2": frozen("fc2.weight", "fc2.bias"),
+    "frozen biases": frozen("norm.bias", "fc1.bias", "fc2.bias"),
+    "frozen weights": frozen("norm.weight", "fc1.weight", "fc2.weight"),
+    "only x learns": lambda modules: modules.requires_grad_(False),
+    "another eps": lambda modules: setattr(modules["norm"], "eps", 0.1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_is_absent_or_frozen(call, change, device, launches, poisoned_memory):
+    modules = half_block(32, hidden=64)
+    change(modules)
+    assert_mlp_is_right(call, modules, rows(3, 20, 32).to(device), FLOAT32)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_without_drop_path(call, device, launches):
+    x = rows(3, 20, 32).to(device)
+    for mode in (FLOAT32, AUTOCAST):
+        assert_mlp_is_right(call, half_block(32, hidden=64), x, mode, dropped=False)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_dropped_branch_leaves_its_image_as_it_is(call, device, launches):
+    modules, x = half_block(32, hidden=64).to(device), rows(3, 20, 32).to(device)
+    found = results(ours(call), modules, x, FLOAT32)
+    assert torch.equal(found["output 0"][0], x[0])
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_nothing_is_kept_where_nothing_learns(call, device, launches):
+    modules, x = half_block(32, hidden=64).to(device), rows(2, 20, 32).to(device)
+    with torch.no_grad():
+        expected = call(x, *modules.values(), None)
+    actual = call(x, *modules.requires_grad_(False).values(), None)
+    assert not actual.requires_grad
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_results_are_the_same_bits_from_run_to_run(call, device, launches):
+    modules, x = half_block(32).to(device), rows(3, 100, 32).to(device)
+    first, second = (results(ours(call), modules, x, AUTOCAST) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_no_rows(call, device):
+    modules = half_block(32, hidden=64).to(device)
+    found = results(ours(call), modules, rows(0, 49, 32).to(device), FLOAT32)
+    assert found.pop("output 0").shape == found.pop("gradient of x").shape == (0, 49, 32)
+    assert len(found) == 6
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_row_that_is_not_finite_spoils_no_other(call, device, launches):
+    modules, x = half_block(32, hidden=64).requires_grad_(False).to(device), rows(1, 40, 32)
+    x = x.to(device)
+    clean = results(ours(call, False), modules, x, AUTOCAST)
+    x[0, 17, 3] = float("nan")
+    spoilt = results(ours(call, False), modules, x, AUTOCAST)
+    others = torch.arange(40, device=device) != 17
+    for name, tensor in spoilt.items():
+        torch.testing.assert_close(tensor[0, others], clean[name][0, others], rtol=0, atol=0)
+        assert tensor[0, 17].isnan().any()
+
+
+@pytest.mark.parametrize("values", ["large", "small"])
+def test_hidden_units_of_any_size(values, device, launches):
+    """GELU of what is far out, and of what is near zero."""
+    modules = half_block(32, hidden=64)
+    with torch.no_grad():
+        modules["fc1"].weight.mul_({"large": 100.0, "small": 1e-4}[values])
+        modules["fc1"].bias.mul_({"large": 100.0, "small": 1e-4}[values])
+    x = rows(3, 20, 32).to(device)
+    for call in CALLS.values():
+        for mode in (BFLOAT16, FLOAT16, FLOAT32):
+            assert_mlp_is_right(call, modules, x, mode)
+
+
+def kept(call, modules: nn.ModuleDict, x: Tensor) -> list[Tensor]:
+    """What is kept for the backward pass and is no parameter."""
+    tensors = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensors.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
+    ):
+        call(x, *modules.values(), factors(x, True))
+    parameters = {parameter.data_ptr() for parameter in modules.parameters()}
+    return [tensor for place, tensor in tensors.items() if place not in parameters]
+
+
+def test_what_is_kept(device, launches):
+    """One map by the one kernel; nine between products, where a hidden unit is a quarter of 4."""
+    modules, x = half_block(32).to(device), rows(3, 20, 32).to(device).requires_grad_()
+    for call, maps in ((fused_mlp, 1), (split_mlp, 9)):
+        values = sum(tensor.numel() for tensor in kept(call, modules, x))
+        assert values == maps * x.numel() + len(FACTORS)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_second_derivatives_are_refused(call, device, launches):
+    modules, x = half_block(32, hidden=64).to(device), rows(2, 20, 32).to(device).requires_grad_()
+    output = call(x, *modules.values(), None)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'cannot be differentiated twice.*"reference"'):
+        gradient.sum().backward()
+
+
+def test_operators(device):
+    modules = half_block(32, hidden=64).to(device).requires_grad_(False)
+    x, factor = rows(2, 20, 32).to(device), FACTORS[1:].to(device)
+    (norm_weight, norm_bias, *fc1, fc2_weight, fc2_bias) = modules.parameters()
+    operators = torch.ops.catkernels
+    forward = (x, norm_weight, norm_bias, *fc1, fc2_weight, fc2_bias, factor, 1e-5)
+    torch.library.opcheck(operators.mlp_forward, forward)
+    for absent in ({2, 4, 6, 7}, set()):
+        backward = [None if i in absent else t for i, t in enumerate(forward) if i != 6]
+        torch.library.opcheck(operators.mlp_backward, (x, *backward))
+    h, bias = rows(2, 20, 64).to(device), fc1[1]
+    torch.library.opcheck(operators.bias_gelu, (h, bias))
+    for needs in ((True, True), (False, False)):
+        torch.library.opcheck(operators.bias_gelu_backward, (h, h, bias, *needs))
+
+
+def test_flops_are_those_of_the_products(device, launches):
+    modules, x = half_block(32).to(device), rows(3, 20, 32).to(device).requires_grad_()
+    counted = []
+    for call in (lambda: official()(modules, x), lambda: ours(fused_mlp)(modules, x)):
+        with FlopCounterMode(display=False) as forward:
+            output = call()
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        counted.append((forward.get_total_flops(), backward.get_total_flops()))
+    (forward, backward), (our_forward, our_backward) = counted
+    assert our_forward == forward
+    # the first product again, and eight columns of ones in that of fc1's gradient
+    ones = 2 * 60 * 128 * 8
+    assert our_backward == backward + forward // 2 + ones
+
+
+def test_reasons(device):
+    half = {"dtypes": {torch.float32}, "products": torch.bfloat16}
+    usual = {"device": device, "shape": torch.Size((384, 96)), **half}
+    assert fused_reasons(**usual) == []
+    for change, reason in (
+        ({"shape": torch.Size((1536, 384))}, "64, 96, 128 or 192 channels, not 384"),
+        ({"shape": torch.Size((100, 64))}, "in steps of 64, not 100"),
+        ({"products": torch.float32}, "in half precision, not in torch.float32"),
+        ({"dtypes": {torch.float64}}, "not torch.float64"),
+        ({"device": torch.device("meta")}, "on meta"),
+    ):
+        (found,) = fused_reasons(**usual | change)
+        assert reason in found
+
+
+def test_the_branch_is_added_in_one_pass_each_way(device):
+    x = rows(3, 20, 32).to(device).requires_grad_()
+    branch = rows(3, 20, 32, seed=5).to(device).bfloat16().requires_grad_()
+    factor = FACTORS.to(device, torch.bfloat16)
+    output = add_branch(x, branch, factor)
+    torch.testing.assert_close(output, x + per_image(factor, x) * branch.float())
+    grads = torch.autograd.grad(output.sum(), (x, branch))
+    assert [grad.dtype for grad in grads] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(grads[1].float(), per_image(FACTORS, x).expand_as(x).to(device))
