@@ -43,13 +43,17 @@ def test_a_task_that_fails_takes_no_other_along():
     assert outcomes["hang"].failure == "not done after 3 s"
 
 
+def test_no_task_is_begun_when_time_is_up():
+    assert list(run_apart(do, ["one"], workers=1, until=time.monotonic() - 1)) == []
+
+
 @dataclass(frozen=True)
 class Faulty:
     """A case whose kernels would be wrong in the way that its name says."""
 
     name: str
     dropout_p: float = 0.0
-    calls = 0
+    mixed: bool = False
 
     @property
     def shape(self) -> Shape:

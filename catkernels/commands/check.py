@@ -44,6 +44,7 @@ class Case(Protocol):
 
     name: str
     dropout_p: float
+    mixed: bool  # of half precision and float32; in float32 alone it is left out
 
     @property
     def shape(self) -> Shape: ...
@@ -146,6 +147,8 @@ class Task:
         """The cases that the kernels serve, and whether they serve the backward pass too."""
         device = torch.device(self.device)
         for case in self.cases:
+            if case.mixed and self.dtype == torch.float32:
+                continue
             if not case.unsupported_reasons(device, self.dtype, needs_grad=False):
                 reasons = case.unsupported_reasons(device, self.dtype, needs_grad=True)
                 yield case, not reasons and not self.forward
@@ -208,31 +211,31 @@ def run(*, interpret: bool = False, output: Path | None = None) -> int:
 
 
 def interpreted_rows() -> Iterator[Row]:
-    """A few small calls in Triton's interpreter, which has no products of bfloat16."""
-    tasks = [
+    """A few small calls in Triton's interpreter."""
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return judged_rows(interpreted_tasks(), workers=num_cores(), environment=environment)
+
+
+def interpreted_tasks() -> list[Task]:
+    """Those calls in float32 and float16: the interpreter has no products of bfloat16."""
+    return [
         Task(family, cases, dtype, allows_tf32(), "cpu", repeats=1)
         for family, cases in INTERPRETED.items()
         for dtype in (torch.float32, torch.float16)
     ]
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return judged_rows(tasks, workers=num_cores(), environment=environment)
 
 
 def device_rows(device: torch.device, precisions: tuple[str, ...] = PRECISIONS) -> Iterator[Row]:
     """Compile and run every family on a GPU, in each dtype that the kernels serve."""
     from catkernels.kernels.compile_ahead import current_target
 
-    tasks = [
-        Task(family, cases, dtype, tf32, device.type, current_target())
-        for family, cases in FAMILIES.items()
-        for dtype, tf32 in map(_precision, precisions)
-    ]
+    checked = tasks(device.type, current_target(), precisions)
     print(f"compiling in {num_cores()} processes", flush=True)
     environment = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     compiled = run_apart(
-        compile_case, compilations(tasks), workers=num_cores(), environment=environment
+        compile_case, compilations(checked), workers=num_cores(), environment=environment
     )
-    seconds = {str(task): 0.0 for task in tasks}
+    seconds = {str(task): 0.0 for task in checked}
     failures: dict[str, str] = {}
     for outcome in compiled:
         seconds[str(outcome.task)] += outcome.seconds
@@ -241,7 +244,7 @@ def device_rows(device: torch.device, precisions: tuple[str, ...] = PRECISIONS) 
             failures.setdefault(str(outcome.task), f"{case.name}: {outcome.failure}")
     for name, failure in failures.items():
         yield Row(name, "does not compile", failure, compile_seconds=seconds[name])
-    sound = [task for task in tasks if str(task) not in failures]
+    sound = [task for task in checked if str(task) not in failures]
     for row in judged_rows(sound, workers=RUNNING):
         yield replace(row, compile_seconds=seconds[row.name])
 
@@ -260,6 +263,15 @@ def _precision(name: str) -> tuple[torch.dtype, bool]:
     if name == "tf32":
         return torch.float32, True
     return getattr(torch, name), allows_tf32()
+
+
+def tasks(device: str, target: object, precisions: tuple[str, ...]) -> list[Task]:
+    """Every family in each dtype; of "float32" the products follow torch's setting."""
+    return [
+        Task(family, cases, dtype, tf32, device, target)
+        for family, cases in FAMILIES.items()
+        for dtype, tf32 in map(_precision, precisions)
+    ]
 
 
 def compilations(tasks: list[Task]) -> list[Task]:
@@ -332,14 +344,18 @@ def _compared(
     actual = poisoned_results(case.attend, inputs, grad_out)
     for _ in range(task.repeats):
         again = poisoned_results(case.attend, inputs, grad_out)
-        for name, tensor in again.items():
-            if not torch.equal(_bits(tensor), _bits(actual[name])):
-                raise OutOfBudget(f"{case.name}: {name} has other bits when it is computed again")
+        for name in differing(again, actual):
+            raise OutOfBudget(f"{case.name}: {name} has other bits when it is computed again")
     with tf32_products():
         same_dtype = results(case.specified, inputs, grad_out)
     grad64 = None if grad_out is None else grad_out.double()
     float64 = results(case.specified, converted(inputs, torch.float64), grad64)
     return {name: (actual[name], same_dtype[name], truth) for name, truth in float64.items()}
+
+
+def differing(results: dict[str, Tensor], others: dict[str, Tensor]) -> list[str]:
+    """The names of those results whose bits are not the same."""
+    return [name for name, t in results.items() if not torch.equal(_bits(t), _bits(others[name]))]
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -80,8 +81,11 @@ def _launching_as(run: Callable, target: GPUTarget) -> Iterator[None]:
 def build_launcher(kernel: CompiledKernel) -> None:
     """Build the C function that launches a kernel, where this version of Triton has one for each.
 
-    It takes a third of a second, and is kept in Triton's cache as the kernel is.
+    It takes a third of a second, is kept in Triton's cache as the kernel is, and needs the GPU's
+    driver: where there is none, nothing is built.
     """
+    if not torch.cuda.is_available():
+        return
     backend = {"cuda": "nvidia", "hip": "amd"}.get(kernel.metadata.target.backend)
     driver = importlib.import_module(f"triton.backends.{backend}.driver") if backend else None
     if hasattr(driver, "make_launcher"):
