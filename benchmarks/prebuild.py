@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -174,9 +175,11 @@ def main() -> int:
     (arguments.folder / "KEY").write_text(triton_key() + "\n")
     kernels = list(arguments.folder.rglob("*.cubin"))
     size = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file())
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
-        f"{len(kernels)} kernels, {size / 2**20:.0f} MiB, in {time.monotonic() - start:.0f} s "
-        f"by {arguments.processes} processes; triton_key {triton_key()}"
+        f"{len(kernels)} kernels, {size / 2**20:.0f} MiB, in {time.monotonic() - start:.0f} s by "
+        f"{arguments.processes} processes, {spent.ru_utime + spent.ru_stime:.0f} s of one core; "
+        f"triton_key {triton_key()}"
     )
     return 1 if failures else 0
 

@@ -27,26 +27,28 @@ def ptxas_version() -> str:
     return get_ptxas(current_target().arch).version
 
 
-@contextlib.contextmanager
-def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, CompiledKernel]]]:
-    """Launches inside compile for ``target`` instead of running; the list gets names and kernels.
+def compiling_for(
+    target: GPUTarget, keep: Callable[[str, CompiledKernel, tuple[int, ...]], None]
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which launches compile for ``target`` instead of running.
 
     They compile under the very keys of a real launch, so Triton's cache then serves that. Tensors
     may be on the CPU or on the "meta" device: a launch asks them for dtype and alignment only.
 
+    Args:
+        keep: gets the name, the kernel and the grid of each launch.
+
     Raises:
         RuntimeError: the interpreter is on, which compiles nothing.
     """
-    compiled: list[tuple[str, CompiledKernel]] = []
     run = JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
-        result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((kernel.__name__, result))
-        return result
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        keep(kernel.__name__, compiled, grid)
+        return compiled
 
-    with _launching_as(compile_only, target):
-        yield compiled
+    return _launching_as(compile_only, target)
 
 
 def launching_nothing_on(target: GPUTarget) -> contextlib.AbstractContextManager[None]:
