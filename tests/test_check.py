@@ -107,7 +107,8 @@ def test_a_family_that_crashes_is_lost_and_the_run_is_not(monkeypatch, tmp_path,
     assert main(["check", "--interpret", "--json", str(path)]) == 1
     printed = capsys.readouterr().out
     assert "its process ended with exit status 7" in printed
-    assert "TRITON_PTXAS_PATH" in printed
+    # the assembler of NVIDIA's GPUs alone
+    assert ("TRITON_PTXAS_PATH" in printed) == torch.cuda.is_available()
     assert 'backend="reference"' in printed
     stored = json.loads(path.read_text())
     verdicts = {row["name"]: row["verdict"] for row in stored["rows"]}
@@ -118,6 +119,17 @@ def test_a_family_that_crashes_is_lost_and_the_run_is_not(monkeypatch, tmp_path,
     }
     assert stored["verdict"] in printed
     assert stored["machine_info"]["torch"] == torch.__version__
+
+
+def test_on_an_nvidia_gpu_a_newer_assembler_is_to_be_tried(monkeypatch, capsys):
+    about = {"device": "a GPU", "ptxas": "12.8.93"}
+    monkeypatch.setattr(check.machine, "describe", lambda: about)
+    rows = [check.Row("ipsa, float16", "crashed", "its process ended with exit status 7")]
+    monkeypatch.setattr(check, "interpreted_rows", lambda: iter(rows))
+    assert main(["check", "--interpret"]) == 1
+    printed = capsys.readouterr().out
+    assert "ptxas 12.8.93" in printed
+    assert "TRITON_PTXAS_PATH" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -32,11 +32,11 @@ DRAWS = 4
 # Processes that share the device at a time.
 RUNNING = 4
 
-REMEDY = """What to do:
-  Compilers are to be suspected first: the assembler that Triton ships has a known fault on Hopper.
-  Install a newer one, `pip install nvidia-cuda-nvcc`, set TRITON_PTXAS_PATH to its ptxas, and check
-  again. What is wrong then as well is ours: please report it with the file of `--json`.
-  Until then backend="reference" computes the same in plain PyTorch, on every device."""
+NEWER_PTXAS = """What to do: ptxas, the assembler that Triton ships, is the first to suspect, for a
+known fault on Hopper. Install a newer one, `pip install nvidia-cuda-nvcc`, set TRITON_PTXAS_PATH to
+its ptxas, and check again."""
+REMEDY = """What is wrong is ours to mend: please report it, with the file that --json writes.
+Until then backend="reference" computes the same in plain PyTorch, on every device."""
 
 
 class Case(Protocol):
@@ -203,7 +203,7 @@ def run(*, interpret: bool = False, output: Path | None = None) -> int:
     verdict = f"wrong {where}: {'; '.join(wrong)}" if wrong else f"all right {where}"
     print(verdict)
     if wrong:
-        print(REMEDY)
+        print(f"{NEWER_PTXAS}\n{REMEDY}" if "ptxas" in about else REMEDY)
     if output:
         content = {"machine_info": about, "verdict": verdict, "rows": [asdict(row) for row in rows]}
         output.write_text(json.dumps(content, indent=1) + "\n")

@@ -65,7 +65,7 @@ def _launching_as(run: Callable, target: GPUTarget) -> Iterator[None]:
         """As much of a driver as compiling needs."""
 
         get_current_target = staticmethod(lambda: target)
-        get_current_device = staticmethod(lambda: target)
+        get_current_device = staticmethod(lambda: str(target))
         get_current_stream = staticmethod(lambda device: 0)
 
     shipped_run, shipped_driver = JITFunction.run, triton.runtime.driver._active
