@@ -32,7 +32,7 @@ from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.candidates import Candidate
 from benchmarks.clock import DEVICE
-from catkernels import machine
+from catkernels import families, machine
 from catkernels.cases import CPSACase, IPSACase, cat_stages, random_grad
 from catkernels.commands import check
 from catkernels.commands.check import poisoned_results
@@ -269,12 +269,12 @@ def _compile(record: Record, target: object) -> None:
 def _check(record: Record, trial: bool) -> None:
     """The self-check of families that have not been found right yet."""
     if trial:
-        tasks, options = check.interpreted_tasks(), {"environment": {"TRITON_INTERPRET": "1"}}
+        tasks, options = families.interpreted_tasks(), {"environment": {"TRITON_INTERPRET": "1"}}
     else:
         from catkernels.kernels.compile_ahead import current_target
 
-        precisions = (*check.PRECISIONS, "tf32")
-        tasks, options = check.tasks(DEVICE.type, current_target(), precisions), {}
+        precisions = (*families.PRECISIONS, "tf32")
+        tasks, options = families.tasks(DEVICE.type, current_target(), precisions), {}
     waiting = [task for task in tasks if not record.holds(f"check {task}")]
     for row in check.judged_rows(waiting, workers=min(check.RUNNING, num_cores()), **options):
         fine = row.verdict in ("right", "not served")

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.candidates import Candidate, candidates, compile_candidate, looked_up
+from catkernels import families
 from catkernels.cases import CPSACase, IPSACase, cat_stages
-from catkernels.commands import check
-from catkernels.commands.check import Task
+from catkernels.families import Task
 from catkernels.pool import num_cores, run_apart
 
 # Images of a compiled call: those of a large batch take the same kernels.
@@ -128,8 +128,8 @@ def compilations(target: object) -> Iterator[tuple[Task, Candidate]]:
         task = Task(kind, (replace(case, batch=2),), torch.bfloat16, False, "cuda", target)
         for candidate in other_stages(*task.cases, torch.bfloat16, target):
             yield task, candidate
-    tasks = check.tasks("cuda", target, (*check.PRECISIONS, "tf32"))
-    yield from ((task, Candidate("")) for task in check.compilations(tasks))
+    tasks = families.tasks("cuda", target, (*families.PRECISIONS, "tf32"))
+    yield from ((task, Candidate("")) for task in families.compilations(tasks))
 
 
 def compile_all(target: object, processes: int, environment: dict[str, str]) -> list[str]:

@@ -41,7 +41,7 @@ from benchmarks.candidates import Candidate, candidates, compile_candidate, look
 from benchmarks.clock import CLOCK, DEVICE
 from catkernels import machine
 from catkernels.cases import CPSACase, IPSACase, Shape, cat_stages
-from catkernels.commands.check import Case, Task
+from catkernels.families import Case, Task
 from catkernels.pool import num_cores, run_apart
 from catkernels.torch_state.device import interpreting
 

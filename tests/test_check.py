@@ -14,10 +14,11 @@ import torch
 from catkernels.__main__ import main
 from catkernels.cases import CPSACase, IPSACase, Shape, make_cpsa_inputs
 from catkernels.commands import check
+from catkernels.families import Task, compile_case
 from catkernels.pool import run_apart
 
 TINY = IPSACase("tiny", 1, 7, 9, num_heads=1, head_dim=16)
-ON_CPU = check.Task("family", (), torch.float32, False, "cpu", repeats=1)
+ON_CPU = Task("family", (), torch.float32, False, "cpu", repeats=1)
 
 
 def do(task: str) -> str:
@@ -157,9 +158,7 @@ def test_compiling_ahead_fills_the_cache_for_the_launch(tmp_path):
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
 
     def compile_once() -> set[Path]:
-        done = list(
-            run_apart(check.compile_case, [task, broken], workers=1, environment=environment)
-        )
+        done = list(run_apart(compile_case, [task, broken], workers=1, environment=environment))
         good, bad = sorted(done, key=lambda outcome: outcome.task.family, reverse=True)
         assert good.failure is None
         assert good.result >= 2
