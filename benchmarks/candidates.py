@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from catkernels.cases import results
-from catkernels.commands.check import Task, compile_case, products
+from catkernels.families import Task, compile_case, products
 from catkernels.torch_state.device import interpreting
 
 # Of each field of a launch, the other values worth a try; what a launch does not have is left out.
@@ -117,7 +117,7 @@ def _aligned(launch) -> Iterator[object]:
 
 
 def compile_candidate(pair: tuple[Task, Candidate]) -> int:
-    """`check.compile_case` with a candidate's launch; for a pool."""
+    """`families.compile_case` with a candidate's launch; for a pool."""
     task, candidate = pair
     with candidate.launched():
         return compile_case(task)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="fail the benchmarks that have not begun by then, so that the rest is stored",
     )
+    parser.addoption(
+        "--stored",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN.json",
+        help="go on with a run: leave out the benchmarks that it has",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,7 +55,10 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     return None if config.getoption("--benchmark") else True
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    runs = (json.loads(path.read_text()) for path in config.getoption("--stored"))
+    known = {benchmark["fullname"] for run in runs for benchmark in run["benchmarks"]}
+    items[:] = [item for item in items if item.nodeid not in known]
     for item in items:
         if "benchmark" in item.fixturenames and not item.get_closest_marker("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import figures
+from benchmarks import figures, predictions
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -53,7 +53,7 @@ def load(folder: Path) -> Device:
     Raises:
         ValueError: a run is a trial, whose figures mean nothing, or is of another device.
     """
-    runs = [read(path) for path in folder.glob("*.json")]
+    runs = [read(path) for path in (*folder.glob("*.json"), *folder.glob("*.jsonl"))]
     runs.sort(key=lambda run: run["datetime"])
     about = runs[-1]["machine_info"]
     for run in runs:
@@ -68,18 +68,37 @@ def load(folder: Path) -> Device:
 
 
 def read(path: Path) -> dict:
-    """A run as pytest-benchmark stored it.
+    """A run as pytest-benchmark stored it, or as `benchmarks.first` did, in lines.
 
     Raises:
         ValueError: it is none, or a trial.
     """
-    run = json.loads(path.read_text())
+    if path.suffix == ".jsonl":
+        about, *lines = map(json.loads, path.read_text().splitlines())
+        run = about | {"benchmarks": _as_benchmarks(lines)}
+    else:
+        run = json.loads(path.read_text())
     about = run.get("machine_info", {})
     if "benchmarks" not in run or "device_state" not in about:
-        raise ValueError(f"{path} is no run of these benchmarks: give a --benchmark-json file")
+        raise ValueError(
+            f"{path} is no run of these benchmarks: give a --benchmark-json file, or first.jsonl"
+        )
     if about["trial"]:
         raise ValueError(f"{path} is a trial, whose figures mean nothing: run without --trial")
     return run
+
+
+def _as_benchmarks(lines: list[dict]) -> list[dict]:
+    """The timed rows of lines, those of launches that do not ship among them."""
+    return [
+        {"fullname": line["key"], "extra_info": row} for line in lines for row in timed_rows([line])
+    ]
+
+
+def timed_rows(lines: list[dict]) -> list[dict]:
+    """The rows with a time in lines of `benchmarks.first`."""
+    rows = (row for line in lines for row in line.get("rows", ()))
+    return [row for row in rows if "speedup" in row]
 
 
 def slug(device: str) -> str:
@@ -99,6 +118,11 @@ def tables(device: Device) -> Iterator[str]:
     yield ""
     yield from _attention_table(device.rows)
     yield from _model_table(device.rows)
+    if device.is_gpu:
+        yield "Predicted without a GPU (GPU.md), and measured:"
+        yield ""
+        yield from predictions.beside(device.rows)
+        yield ""
     links = (
         f"[{picture.stem.replace('_', ' ')}]({picture.relative_to(ROOT)})"
         for picture in sorted(device.folder.glob("*.svg"))
@@ -144,7 +168,7 @@ def best_peer(row: dict, rows: list[dict]) -> dict | None:
     peers = [
         other
         for other in rows
-        if other["provider"] not in ("official", row["provider"])
+        if other["provider"] not in ("official", "candidate", row["provider"])
         and all(other[key] == row[key] for key in case)
     ]
     return max(peers, key=lambda peer: peer["speedup"], default=None)
@@ -213,6 +237,9 @@ def file(paths: list[Path], results: Path = RESULTS) -> None:
     for path, run in runs.items():
         folder = results / slug(run["machine_info"]["device"])
         folder.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            (folder / path.name).write_text(path.read_text())
+            continue
         # what a machine calls itself says nothing about its figures
         for name in ("node", "release"):
             run["machine_info"].pop(name, None)
@@ -221,13 +248,16 @@ def file(paths: list[Path], results: Path = RESULTS) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("runs", nargs="*", type=Path, help="files of --benchmark-json to add")
+    parser.add_argument(
+        "runs", nargs="*", type=Path, help="files of --benchmark-json, or first.jsonl"
+    )
     try:
         file(parser.parse_args().runs)
-        folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+        folders = sorted({path.parent for path in RESULTS.glob("*/*.json*")})
         devices = [load(folder) for folder in folders]
         for device in devices:
-            figures.draw(device.rows, device.folder, device.about["device"])
+            shipped = [row for row in device.rows if row["provider"] != "candidate"]
+            figures.draw(shipped, device.folder, device.about["device"])
         README.write_text(insert(README.read_text(), render(devices)))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

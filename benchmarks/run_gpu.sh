@@ -1,29 +1,28 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in parts that each end within nine minutes.
+# Everything that needs a GPU, in parts that each end in time. benchmarks/GPU.md has the plan.
 #
-#   bash benchmarks/run_gpu.sh OUT [part ...]
+#   bash benchmarks/run_gpu.sh OUT [--seconds N] [part ...]
 #
-#   check     the tests on the device
-#   sanitize  compute-sanitizer's four tools on maps of few windows, where it is installed
+#   first     what is true, in at most 300 s: everything compiled, checked, and the headline timed
+#   check     the tests on the device, on every core
+#   sanitize  compute-sanitizer on maps of few padded windows, where it is installed
 #   stress    1000 launches of each kernel, bit for bit the same
 #   ipsa cpsa model   the benchmarks
 #   convergence   300 steps of training by each backend, in fp32 and bf16, curves side by side
 #   tune      the candidates of the launch tables, and the rows to ship
 #   profile   metrics of the main kernels by ncu, where it is installed
 #
-# Without parts, all of them in this order. OUT gets log.txt and one file for each part that
-# measures; `python -m benchmarks.report OUT/{ipsa,cpsa,model}.json` then makes the tables of
-# benchmarks/README.md and the figures. A part that runs out of time keeps what it has; tune goes
-# on with its file when it is run again.
-# Nothing is installed or downloaded: the package is taken from this checkout.
+# Without parts, all of them in this order. Each but first takes N seconds, by default 150. OUT gets
+# log.txt and one file for each part that measures; `python -m benchmarks.report FILE ...` then makes
+# the tables and the figures. first, tune and the benchmarks go on with their files when they are run
+# again: what is there is not done again.
+# Nothing is installed or downloaded: the package is taken from this checkout. Where the checkout has
+# a Triton cache that fits (`benchmarks.prebuild` makes .triton-cache), first starts with it.
 #
 # Where there is no GPU each part runs at a tiny size: it shows that the part works, and no figure
 # in OUT means anything. The kernels then run in Triton's interpreter, but in ipsa, cpsa and model,
 # which take what serves on a CPU.
 set -euo pipefail
-
-part_seconds=530      # what a part may take
-benchmark_seconds=460 # by then a benchmark must have begun
 
 if (($# == 0)); then
     sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0"
@@ -32,6 +31,12 @@ fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
+part_seconds=150
+if [[ ${1:-} == --seconds ]]; then
+    part_seconds=$2
+    shift 2
+fi
+benchmark_seconds=$((part_seconds * 4 / 5)) # by then a benchmark must have begun
 cd "$(dirname "$0")/.."
 
 trial=()
@@ -57,9 +62,14 @@ tests() {
     timed python3 -m pytest -p no:cacheprovider --show-capture=no --tb=short -q "$@"
 }
 
+# benchmarks NAME: a file of its own for each run, which leaves out what the files before it have
 benchmarks() {
-    tests --benchmark "${trial[@]}" --time-limit "$benchmark_seconds" -rs \
-        --benchmark-json "$out/$1.json" "benchmarks/bench_$1.py"
+    local stored=("$out/$1"*.json) known=()
+    [[ -e ${stored[0]} ]] || stored=()
+    ((${#stored[@]})) && known=("${stored[@]/#/--stored=}")
+    tests --benchmark "${trial[@]}" --time-limit "$benchmark_seconds" -rs "${known[@]}" \
+        --benchmark-json "$out/$1${stored[0]:+-${#stored[@]}}.json" "benchmarks/bench_$1.py" ||
+        (($? == 5)) # nothing was left to do
 }
 
 # unless_installed TOOL: say that a part is left out
@@ -68,39 +78,34 @@ unless_installed() {
     echo "left out: $1 is not installed"
 }
 
+first() {
+    local kept="${TMPDIR:-/tmp}/catkernels-triton-cache"
+    if python3 -m benchmarks.prebuild --fits .triton-cache; then
+        mkdir -p "$kept"
+        cp -r .triton-cache/. "$kept"
+    fi
+    within 300 "${interpreted[@]}" env TRITON_CACHE_DIR="$kept" \
+        python3 -m benchmarks.first "$out/first.jsonl" "${trial[@]}"
+}
+
 check() {
     if ((${#trial[@]})); then
         tests tests/test_benchmarks.py tests/test_stress.py -k "few or wrong or work"
         return
     fi
-    # Most of their time these tests compile, each process on a core of its own. Without job control
-    # what is in the background would not hear the interrupt.
-    set -m
-    local apart=(tests/test_ipsa_kernels.py tests/test_cpsa_kernels.py)
-    local file pid pids=() failed=0
-    for file in "${apart[@]}"; do
-        tests -rs "$file" >"$out/$(basename "$file" .py).txt" 2>&1 &
-        pids+=($!)
-    done
-    tests -rs tests "${apart[@]/#/--ignore=}" || failed=1
-    for pid in "${pids[@]}"; do
-        wait "$pid" || failed=1
-    done
-    for file in "${apart[@]}"; do
-        echo "-- $file"
-        cat "$out/$(basename "$file" .py).txt"
-        rm "$out/$(basename "$file" .py).txt"
-    done
-    return "$failed"
+    # most of their time these tests compile, each process on a core of its own
+    local spread=()
+    ! python3 -c 'import xdist' 2>/dev/null || spread=(-n auto)
+    tests -rs "${spread[@]}" tests
 }
 
 sanitize() {
     unless_installed compute-sanitizer && return
     local tool failed=0
-    for tool in memcheck racecheck initcheck synccheck; do
+    for tool in memcheck racecheck; do
         echo "-- $tool"
         # every tensor its own allocation, so that what lies beside it is out of bounds
-        within $((part_seconds / 4)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        within $((part_seconds / 2)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 1 \
             python3 -m pytest -p no:cacheprovider -q -rs tests/test_stress.py -k few-padded ||
             failed=1
@@ -140,7 +145,7 @@ profile() {
         benchmarks -k 'stages and stage1 and b256 and step and catkernels'
 }
 
-parts="check sanitize stress ipsa cpsa model convergence tune profile"
+parts="first check sanitize stress ipsa cpsa model convergence tune profile"
 if (($# == 0)); then
     # shellcheck disable=SC2086
     set -- $parts

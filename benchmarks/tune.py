@@ -41,7 +41,7 @@ from benchmarks.candidates import Candidate, candidates, compile_candidate, look
 from benchmarks.clock import CLOCK, DEVICE
 from catkernels import machine
 from catkernels.cases import CPSACase, IPSACase, Shape, cat_stages
-from catkernels.commands.check import Case, Task
+from catkernels.families import Case, Task
 from catkernels.pool import num_cores, run_apart
 from catkernels.torch_state.device import interpreting
 
@@ -125,12 +125,11 @@ def compile_all(
     """Compile launches in a pool; returns those that fail, and how."""
     if interpreting():
         return {}
-    tasks = {
-        (problem.task(target), candidate): (problem, candidate) for problem, candidate in pairs
-    }
+    tasks = [(problem.task(target), candidate) for problem, candidate in pairs]
     environment = {"OMP_NUM_THREADS": "1"}
     done = run_apart(compile_candidate, tasks, workers=num_cores(), environment=environment)
-    return {tasks[outcome.task]: outcome.failure for outcome in done if outcome.failure}
+    failed = [outcome for outcome in done if outcome.failure]
+    return {pairs[tasks.index(outcome.task)]: outcome.failure for outcome in failed}
 
 
 def tune(problem: Problem, trials: list[Candidate], failures: dict, rounds: int) -> dict:

@@ -46,9 +46,12 @@ def run_apart(
     *,
     workers: int,
     timeout_s: float = 600.0,
+    until: float = float("inf"),
     environment: dict[str, str] | None = None,
 ) -> Iterator[Outcome]:
     """Call ``function`` on each task in spawned processes; outcomes come as tasks end.
+
+    With one worker the tasks are served in their order.
 
     A process serves one task after the other until a task fails; another one takes its place then,
     since what failed may have left the device unusable.
@@ -57,6 +60,7 @@ def run_apart(
         function: of one argument, a task; importable, as the tasks and results must be picklable.
         workers: processes at a time.
         timeout_s: a task that takes longer is ended, with its process.
+        until: when, by `time.monotonic`, no further task is begun; those left have no outcome.
         environment: variables that the processes have beside this one's.
     """
     waiting: queue.SimpleQueue = queue.SimpleQueue()
@@ -64,19 +68,21 @@ def run_apart(
     for task in tasks:
         waiting.put(task)
     outcomes: queue.SimpleQueue = queue.SimpleQueue()
+    arguments = (function, waiting, outcomes, timeout_s, until, environment or {})
     threads = [
-        threading.Thread(
-            target=_serve_tasks,
-            args=(function, waiting, outcomes, timeout_s, environment or {}),
-            daemon=True,
-        )
+        threading.Thread(target=_serve_tasks, args=arguments, daemon=True)
         for _ in range(min(workers, len(tasks)))
     ]
     for thread in threads:
         thread.start()
     try:
-        for _ in tasks:
-            yield outcomes.get()
+        serving = len(threads)
+        while serving:
+            outcome = outcomes.get()
+            if outcome is None:
+                serving -= 1
+            else:
+                yield outcome
     finally:
         # where the caller has had enough, what has not begun does not begin
         with contextlib.suppress(queue.Empty):
@@ -86,11 +92,11 @@ def run_apart(
             thread.join()
 
 
-def _serve_tasks(function, waiting, outcomes, timeout_s: float, environment: dict) -> None:
-    """In a thread: one process, and the next one where it has ended."""
+def _serve_tasks(function, waiting, outcomes, timeout_s, until, environment) -> None:
+    """In a thread: one process, and the next one where it has ended. None is the last outcome."""
     process = None
     with contextlib.suppress(queue.Empty):
-        while True:
+        while time.monotonic() < until:
             task = waiting.get_nowait()
             if process is None:
                 process = _Process(function, environment)
@@ -99,6 +105,7 @@ def _serve_tasks(function, waiting, outcomes, timeout_s: float, environment: dic
                 process.end()
                 process = None
             outcomes.put(outcome)
+    outcomes.put(None)
     if process is not None:
         process.end()
 

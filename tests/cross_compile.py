@@ -95,43 +95,21 @@ def compiling_for(target: str) -> Iterator[list[Compiled]]:
     Launchers are called with tensors on the "meta" device, so the specialisation on the arguments'
     values and alignment is that of a real launch.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
-    from catkernels.kernels.launch import architecture
+    from catkernels.kernels import compile_ahead
 
-    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     backend, arch, warp_size, _ = TARGETS[target]
-
-    class Driver:
-        """As much of a driver as compiling needs."""
-
-        get_current_target = staticmethod(lambda: GPUTarget(backend, arch, warp_size))
-        get_current_device = staticmethod(lambda: target)
-        get_current_stream = staticmethod(lambda device: 0)
-
     collected: list[Compiled] = []
-    run = JITFunction.run
 
-    def compile_only(kernel, *args, grid, warmup, **kwargs):
-        assert len(grid) == 1, f"{kernel.__name__} uses grid axes beyond 0"
-        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        scattered = scattered_reductions(compiled.asm["ttgir"])
-        assert not scattered, f"{target}: {kernel.__name__} {'; '.join(scattered)}"
-        collected.append(Compiled(kernel.__name__, compiled))
-        return compiled
+    def keep(name, kernel, grid):
+        assert len(grid) == 1, f"{name} uses grid axes beyond 0"
+        scattered = scattered_reductions(kernel.asm["ttgir"])
+        assert not scattered, f"{target}: {name} {'; '.join(scattered)}"
+        collected.append(Compiled(name, kernel))
 
-    previous = triton.runtime.driver._active
-    triton.runtime.driver.set_active(Driver())
-    JITFunction.run = compile_only
-    architecture.cache_clear()
-    try:
+    with compile_ahead.compiling_for(GPUTarget(backend, arch, warp_size), keep):
         yield collected
-    finally:
-        JITFunction.run = run
-        architecture.cache_clear()
-        triton.runtime.driver._active = previous
 
 
 def triton_version() -> tuple[int, int]:

@@ -14,10 +14,11 @@ import torch
 from catkernels.__main__ import main
 from catkernels.cases import CPSACase, IPSACase, Shape, make_cpsa_inputs
 from catkernels.commands import check
+from catkernels.families import Task, compile_case
 from catkernels.pool import run_apart
 
 TINY = IPSACase("tiny", 1, 7, 9, num_heads=1, head_dim=16)
-ON_CPU = check.Task("family", (), torch.float32, False, "cpu", repeats=1)
+ON_CPU = Task("family", (), torch.float32, False, "cpu", repeats=1)
 
 
 def do(task: str) -> str:
@@ -43,13 +44,17 @@ def test_a_task_that_fails_takes_no_other_along():
     assert outcomes["hang"].failure == "not done after 3 s"
 
 
+def test_no_task_is_begun_when_time_is_up():
+    assert list(run_apart(do, ["one"], workers=1, until=time.monotonic() - 1)) == []
+
+
 @dataclass(frozen=True)
 class Faulty:
     """A case whose kernels would be wrong in the way that its name says."""
 
     name: str
     dropout_p: float = 0.0
-    calls = 0
+    mixed: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -103,7 +108,8 @@ def test_a_family_that_crashes_is_lost_and_the_run_is_not(monkeypatch, tmp_path,
     assert main(["check", "--interpret", "--json", str(path)]) == 1
     printed = capsys.readouterr().out
     assert "its process ended with exit status 7" in printed
-    assert "TRITON_PTXAS_PATH" in printed
+    # the assembler of NVIDIA's GPUs alone
+    assert ("TRITON_PTXAS_PATH" in printed) == torch.cuda.is_available()
     assert 'backend="reference"' in printed
     stored = json.loads(path.read_text())
     verdicts = {row["name"]: row["verdict"] for row in stored["rows"]}
@@ -114,6 +120,17 @@ def test_a_family_that_crashes_is_lost_and_the_run_is_not(monkeypatch, tmp_path,
     }
     assert stored["verdict"] in printed
     assert stored["machine_info"]["torch"] == torch.__version__
+
+
+def test_on_an_nvidia_gpu_a_newer_assembler_is_to_be_tried(monkeypatch, capsys):
+    about = {"device": "a GPU", "ptxas": "12.8.93"}
+    monkeypatch.setattr(check.machine, "describe", lambda: about)
+    rows = [check.Row("ipsa, float16", "crashed", "its process ended with exit status 7")]
+    monkeypatch.setattr(check, "interpreted_rows", lambda: iter(rows))
+    assert main(["check", "--interpret"]) == 1
+    printed = capsys.readouterr().out
+    assert "ptxas 12.8.93" in printed
+    assert "TRITON_PTXAS_PATH" in printed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -141,9 +158,7 @@ def test_compiling_ahead_fills_the_cache_for_the_launch(tmp_path):
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
 
     def compile_once() -> set[Path]:
-        done = list(
-            run_apart(check.compile_case, [task, broken], workers=1, environment=environment)
-        )
+        done = list(run_apart(compile_case, [task, broken], workers=1, environment=environment))
         good, bad = sorted(done, key=lambda outcome: outcome.task.family, reverse=True)
         assert good.failure is None
         assert good.result >= 2

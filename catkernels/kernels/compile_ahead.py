@@ -6,6 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
@@ -26,26 +27,28 @@ def ptxas_version() -> str:
     return get_ptxas(current_target().arch).version
 
 
-@contextlib.contextmanager
-def compiling_for(target: GPUTarget) -> Iterator[list[tuple[str, CompiledKernel]]]:
-    """Launches inside compile for ``target`` instead of running; the list gets names and kernels.
+def compiling_for(
+    target: GPUTarget, keep: Callable[[str, CompiledKernel, tuple[int, ...]], None]
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which launches compile for ``target`` instead of running.
 
     They compile under the very keys of a real launch, so Triton's cache then serves that. Tensors
     may be on the CPU or on the "meta" device: a launch asks them for dtype and alignment only.
 
+    Args:
+        keep: gets the name, the kernel and the grid of each launch.
+
     Raises:
         RuntimeError: the interpreter is on, which compiles nothing.
     """
-    compiled: list[tuple[str, CompiledKernel]] = []
     run = JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
-        result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((kernel.__name__, result))
-        return result
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        keep(kernel.__name__, compiled, grid)
+        return compiled
 
-    with _launching_as(compile_only, target):
-        yield compiled
+    return _launching_as(compile_only, target)
 
 
 def launching_nothing_on(target: GPUTarget) -> contextlib.AbstractContextManager[None]:
@@ -62,7 +65,7 @@ def _launching_as(run: Callable, target: GPUTarget) -> Iterator[None]:
         """As much of a driver as compiling needs."""
 
         get_current_target = staticmethod(lambda: target)
-        get_current_device = staticmethod(lambda: target)
+        get_current_device = staticmethod(lambda: str(target))
         get_current_stream = staticmethod(lambda device: 0)
 
     shipped_run, shipped_driver = JITFunction.run, triton.runtime.driver._active
@@ -80,8 +83,11 @@ def _launching_as(run: Callable, target: GPUTarget) -> Iterator[None]:
 def build_launcher(kernel: CompiledKernel) -> None:
     """Build the C function that launches a kernel, where this version of Triton has one for each.
 
-    It takes a third of a second, and is kept in Triton's cache as the kernel is.
+    It takes a third of a second, is kept in Triton's cache as the kernel is, and needs the GPU's
+    driver: where there is none, nothing is built.
     """
+    if not torch.cuda.is_available():
+        return
     backend = {"cuda": "nvidia", "hip": "amd"}.get(kernel.metadata.target.backend)
     driver = importlib.import_module(f"triton.backends.{backend}.driver") if backend else None
     if hasattr(driver, "make_launcher"):
