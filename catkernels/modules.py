@@ -238,8 +238,9 @@ def ipsa_layer(
         return output if plain is not None else output[:, :height, :width], attention
 
     if plain is not None and backend != "triton":
-        weights = (*plain[0].parameters(), *plain[1].parameters(), attn.table)
-        if cpu.serves(x, *weights, dropout_p=attn.dropout_p, return_attention=return_attention):
+        qkv, proj = plain
+        tensors = (x, qkv.weight, qkv.bias, proj.weight, proj.bias, attn.table)
+        if cpu.serves(*tensors, dropout_p=attn.dropout_p, return_attention=return_attention):
             return attn.proj_drop(cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
     output, attention = attend(x)
     return attn.proj_drop(output), attention
@@ -348,14 +349,20 @@ def check_floating(x: Tensor) -> None:
 
 
 def check_input(x: Tensor, attn: AttentionParts) -> None:
-    """Raise unless ``x`` is where the weights of an attention are, in their dtype or autocast's.
+    """Raise unless an attention can compute with ``x`` and drop weights as it is asked to.
 
-    What stands in the place of a plain ``qkv`` takes what it takes.
+    ``x`` must be where its weights are, in their dtype or autocast's. What stands in the place of a
+    plain ``qkv`` takes what it takes.
 
     Raises:
-        TypeError: ``x`` is of another dtype.
+        TypeError: ``x`` is of another dtype, or ``attn_drop`` would have to be called.
         ValueError: ``x`` is on another device.
     """
+    if not isinstance(attn.attn_drop, nn.Dropout | nn.Identity):
+        raise TypeError(
+            f"attn_drop must be an nn.Dropout or nn.Identity, got {type(attn.attn_drop).__name__}: "
+            "the attention weights are no tensor that it could be given"
+        )
     weight = attn.qkv.weight if attn.qkv_is_plain else None
     if not isinstance(weight, Tensor):
         return

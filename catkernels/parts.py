@@ -6,7 +6,7 @@ Everything that is known here about other people's modules is known by the offic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,8 +16,7 @@ from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.tensors import is_wrapper
 
 
-@dataclass(frozen=True)
-class AttentionParts:
+class AttentionParts(NamedTuple):
     """What an attention in the official structure consists of at this moment.
 
     Attributes:
@@ -54,22 +53,24 @@ class AttentionParts:
     @classmethod
     def of(cls, attn: Any) -> AttentionParts:
         """Read an attention, ours or one in whose place ours could stand."""
+        qkv, proj, attn_drop = attn.qkv, attn.proj, attn.attn_drop
+        plain = is_plain_linear(qkv), is_plain_linear(proj)
         # an adapter in the place of ``qkv`` may not say how wide it is
-        width = getattr(attn.qkv, "out_features", 3 * getattr(attn, "dim", 0))
+        width = qkv.out_features if plain[0] else getattr(qkv, "out_features", 3 * attn.dim)
         return cls(
-            qkv=attn.qkv,
-            attn_drop=attn.attn_drop,
-            proj=attn.proj,
+            qkv=qkv,
+            attn_drop=attn_drop,
+            proj=proj,
             proj_drop=attn.proj_drop,
             softmax=getattr(attn, "softmax", None),
             num_heads=attn.num_heads,
             scale=attn.scale,
             table=attn.relative_position_bias_table if attn.rpe else None,
             head_dim=width // 3 // attn.num_heads,
-            dropout_p=_dropout_probability(attn.attn_drop),
-            qkv_is_plain=is_plain_linear(attn.qkv),
-            proj_is_plain=is_plain_linear(attn.proj),
-            takes_any_axes=_computes_linearly(attn.qkv) and _computes_linearly(attn.proj),
+            dropout_p=_dropout_probability(attn_drop),
+            qkv_is_plain=plain[0],
+            proj_is_plain=plain[1],
+            takes_any_axes=all(plain) or (_computes_linearly(qkv) and _computes_linearly(proj)),
         )
 
     @property
@@ -182,7 +183,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     if type(module) is not nn.Linear or is_intercepted(module):
         return False
-    return not any(map(is_wrapper, module.parameters()))
+    # by name: to list a module's parameters takes longer than all the rest
+    return not (is_wrapper(module.weight) or is_wrapper(module.bias))
 
 
 def _computes_linearly(module: nn.Module) -> bool:

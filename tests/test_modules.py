@@ -215,6 +215,14 @@ def test_adapters_are_honoured(attention, child, size):
     torch.testing.assert_close(ours(x), attend(theirs, padded, 7)[:, : size[0], : size[1]])
 
 
+@both
+def test_a_dropout_of_another_kind_is_refused_and_not_bypassed(attention):
+    ours, _ = pair(attention)
+    ours.attn_drop = nn.Sequential(nn.Dropout(0.5))
+    with pytest.raises(TypeError, match=r"attn_drop must be an nn\.Dropout .* got Sequential"):
+        ours(tokens(attention))
+
+
 def test_weight_normed_cpsa_refuses_triton():
     module = catkernels.CPSA(7, backend="triton")
     torch.nn.utils.parametrizations.weight_norm(module.qkv)

@@ -153,6 +153,19 @@ def test_a_patched_model_calls_what_is_put_around_its_parts(how, place, when, ki
     torch.testing.assert_close(outputs_and_gradients(patched, images), expected)
 
 
+@pytest.mark.parametrize("place", ["attn.attn_drop", "attn.softmax", "attn.proj_drop"])
+def test_a_patched_attention_calls_what_is_later_put_around_its_parts(place):
+    model, images = build("backbone")
+    model, images = model.double().eval(), images.double()
+    patched = deepcopy(model)
+    patch(patched)
+    for whole in (model, patched):
+        wrap(whole, "arithmetic", place)
+    expected = outputs_and_gradients(model, images)
+    torch.testing.assert_close(outputs_and_gradients(patched, images), expected)
+    assert {row.backend for row in patch(patched).blocks} == {"own"}
+
+
 def our_block(attention: str) -> tuple[catkernels.CATBlock, torch.Tensor]:
     torch.manual_seed(2)
     block = catkernels.CATBlock(12, 3, attn_type=attention, backend="reference")
