@@ -25,6 +25,7 @@ from benchmarks import machine
 from catkernels import official
 from catkernels.commands.train import DIGITS_RECIPE
 from catkernels.digits import DIGITS
+from catkernels.reference import ceil_div
 from catkernels.torch_state.device import best_device, device_reasons
 from catkernels.training.data import digits_data
 from catkernels.training.trainer import Trainer
@@ -42,7 +43,7 @@ LINES = {"official": ("C7", 4), "reference": ("C0", 2), "kernels": ("C1", 1)}
 def losses(way: str, precision: str, steps: int) -> list[float]:
     """The training loss of each step."""
     data = digits_data()
-    epochs = -(-steps // (len(data.train) // DIGITS_RECIPE.batch_size))
+    epochs = ceil_div(steps, len(data.train) // DIGITS_RECIPE.batch_size)
     torch.manual_seed(0)
     recipe = replace(DIGITS_RECIPE, epochs=epochs, precision=precision)
     trainer = Trainer(WAYS[way](), data, recipe)

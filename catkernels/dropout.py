@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from catkernels.reference import ceil_div
+
 
 def kept(
     seed: int, dropout_p: float, rows: int, columns: int, heads: int, sequences: int
 ) -> Tensor:
     """The weights that the kernels' dropout keeps: bool (sequences, heads, rows, columns)."""
-    groups = -(-columns // 8)
+    groups = ceil_div(columns, 8)
     words = philox(
         seed,
         np.arange(groups),
