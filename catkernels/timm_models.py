@@ -6,8 +6,9 @@ else here imports this one, and it is not called ``timm``, so that no ``import t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+# `register_model`, with its type
+_register: Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]] = register_model
+
+
 class CAT(cat.CAT):
     """`catkernels.CAT`, the classifier, with the methods and attributes of timm's models.
 
@@ -93,16 +98,17 @@ class CAT(cat.CAT):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
-        **options,
+        **options: Any,
     ) -> None:
         super().__init__(num_classes=0, drop_rate=proj_drop_rate, **options)
         self.in_chans = self.patch_embed.in_chans
         stride = max(self.patch_embed.patch_emb_size)
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": stride << stage, "module": f"layers.{stage}"}
             for stage, channels in enumerate(self.num_features)
         ]
-        self.num_features = self.num_features[-1]
+        # to timm it is the last stage's alone
+        self.num_features = self.num_features[-1]  # type: ignore[assignment]
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
@@ -113,12 +119,14 @@ class CAT(cat.CAT):
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> the normed map (B, H/32, W/32, num_features)."""
         *_, x = self.stage_maps(images)
-        return self.norm(x)
+        normed: Tensor = self.norm(x)
+        return normed
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """A map (B, H, W, num_features) -> logits, or pooled features (B, head_hidden_size)."""
         x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
+        output: Tensor = x if pre_logits else self.head(x)
+        return output
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -197,7 +205,7 @@ class CAT(cat.CAT):
         ends_early = max(stages) < len(self.layers) - 1
         self.layers = self.layers[: max(stages) + 1]
         # nothing would use it, nor give its parameters a gradient
-        self.layers[-1].downsample = None
+        cast("cat.CATLayer", self.layers[-1]).downsample = None
         self.num_features = self.feature_info[max(stages)]["num_chs"]
         if prune_norm or ends_early:
             self.norm = nn.Identity()
@@ -221,9 +229,9 @@ class CAT(cat.CAT):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass, or no longer."""
         for layer in self.layers:
-            layer.use_checkpoint = enable
+            cast("cat.CATLayer", layer).use_checkpoint = enable
 
-    def group_matcher(self, coarse: bool = False) -> dict:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """What timm groups parameters by, for learning rates by depth: single CABs, or stages."""
         joined = (99999,)  # to the group before, in timm's words
         single_cabs = [
@@ -237,30 +245,32 @@ class CAT(cat.CAT):
         }
 
 
-@register_model
-def cat_tiny(pretrained: bool = False, **overrides) -> nn.Module:
+@_register
+def cat_tiny(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """CAT-T, as `catkernels.cat_tiny`."""
     return _create("cat_tiny", pretrained, **overrides)
 
 
-@register_model
-def cat_small(pretrained: bool = False, **overrides) -> nn.Module:
+@_register
+def cat_small(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """CAT-S, as `catkernels.cat_small`."""
     return _create("cat_small", pretrained, **overrides)
 
 
-@register_model
-def cat_base(pretrained: bool = False, **overrides) -> nn.Module:
+@_register
+def cat_base(pretrained: bool = False, **overrides: Any) -> nn.Module:
     """CAT-B, as `catkernels.cat_base`."""
     return _create("cat_base", pretrained, **overrides)
 
 
-def _create(variant: str, pretrained: bool, **overrides) -> nn.Module:
-    options = cat.VARIANTS[variant] | overrides
+def _create(variant: str, pretrained: bool, **overrides: Any) -> nn.Module:
+    options: dict[str, Any] = {**cat.VARIANTS[variant], **overrides}
     stages = tuple(range(len(options["depths"])))
     features = {"out_indices": options.pop("out_indices", stages), "feature_cls": "getter"}
     try:
-        return build_model_with_cfg(CAT, variant, pretrained, feature_cfg=features, **options)
+        model: nn.Module = build_model_with_cfg(
+            CAT, variant, pretrained, feature_cfg=features, **options
+        )
     except RuntimeError as error:
         if not pretrained or "No pretrained weights" not in str(error):
             raise
@@ -268,3 +278,4 @@ def _create(variant: str, pretrained: bool, **overrides) -> nn.Module:
             f"no weights of {variant} are hosted: leave pretrained out and give your own by "
             "checkpoint_path=, or to the model by catkernels.load_checkpoint"
         ) from error
+    return model

@@ -324,6 +324,22 @@ def test_traced_by_fx(size):
     assert all(parameter.grad is not None for parameter in extractor.parameters())
 
 
+def test_the_index_is_right_after_a_load():
+    """Whatever the buffer held before, as memory does that was only just allocated."""
+    right = build()
+    weights = {name: w for name, w in right.state_dict().items() if not name.endswith("_index")}
+    with torch.device("meta"):
+        model = build()
+    model.to_empty(device="cpu")
+    for value in model.state_dict().values():
+        value.fill_(17)
+    catkernels.load_checkpoint(model, weights)
+    x = images()
+    assert torch.equal(model(x), right(x))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, right.state_dict()[name]), name
+
+
 def test_patching_leaves_it_as_it_is():
     model = build()
     blocks = [module for module in model.modules() if isinstance(module, catkernels.CATBlock)]

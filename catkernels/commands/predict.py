@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from catkernels.cat import CAT
-from catkernels.checkpoint import some
 from catkernels.commands.models import read_checkpoint
 from catkernels.images import image_files, ink, normalised, read_photo
 from catkernels.torch_state.device import best_device
@@ -56,19 +55,21 @@ def run(*, checkpoint: Path, images: Sequence[Path], size: int | None, top: int)
         except ValueError as error:
             return error
 
-    unreadable = []
+    unreadable = 0
     # disable=None: only where the output is a terminal
     hidden = None if len(paths) > BATCH_SIZE else True
     with tqdm(total=len(paths), unit="image", disable=hidden, leave=False) as bar:
         for path, result in _classify(network, paths, read):
-            if isinstance(result, ValueError):
-                unreadable.append(str(result))
-            else:
+            if isinstance(result, Tensor):
                 bar.write(f"{path}: {_in_words(result, names, top)}", file=sys.stdout)
+            elif len(paths) == 1:
+                raise result
+            else:
+                bar.write(str(result), file=sys.stderr)
+                unreadable += 1
             bar.update()
     if unreadable:
-        share = f"{len(unreadable)} of {len(paths)} images: " if len(paths) > 1 else ""
-        raise ValueError(share + some(unreadable))
+        raise ValueError(f"{unreadable} of {len(paths)} images cannot be read")
 
 
 def _find(images: Sequence[Path]) -> list[Path]:
