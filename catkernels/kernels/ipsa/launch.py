@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from catkernels.kernels.launch import (
@@ -17,6 +16,7 @@ from catkernels.kernels.launch import (
     Launch,
     MapProblem,
     dot_precision,
+    next_power_of_2,
     pick,
 )
 
@@ -145,7 +145,7 @@ class Problem(MapProblem):
         """The arguments by value and the constants that both kernels take."""
         # scores in units of log 2 save a product per weight; float32 would feel their rounding
         score_unit = 1.0 if self.dtype == torch.float32 else math.log2(math.e)
-        block_d = max(16, triton.next_power_of_2(self.head_dim))
+        block_d = max(16, next_power_of_2(self.head_dim))
         return {
             "height": self.height,
             "width": self.width,
