@@ -50,9 +50,9 @@ class ChunkLaunch(Launch):
 FORWARD = {
     # 4 warps have 16 rows each, the least that a product takes: on Ampere and Hopper more warps
     # would repeat work. Three stages of a head of 32 take 28 KiB of shared memory on Ampere, which
-    # leaves 3 resident programs where there are 99 KiB, and 40 KiB on Hopper, which leaves 4 or 5.
-    # Blackwell splits a tile over 8 warps, which halves the registers; on CDNA a second stage
-    # costs a resident wave.
+    # leaves 3 resident programs where there are 99 KiB, and 40 KiB on Hopper, room for 5 where the
+    # registers allow 4. Blackwell splits a tile over 8 warps, which halves the registers; on CDNA
+    # a second stage costs a resident wave.
     "half": {
         AMPERE: ChunkLaunch(4, 3, 432),
         HOPPER: ChunkLaunch(4, 3, 528),
