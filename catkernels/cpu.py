@@ -139,8 +139,9 @@ def layer_in_slices(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _relative_position_bias(bias_table: Tensor, patch_size: int) -> Tensor:
     """The reference's bias as (1, heads, N*N, N*N), which the fused attention asks for."""
     index = torch.from_numpy(_relative_position_index(patch_size))
-    pairs = (1, patch_size**2, patch_size**2, -1)
-    return bias_table.index_select(0, index).view(pairs).permute(0, 3, 1, 2).contiguous()
+    # transposed before it is looked up in: the pairs are 14 times as many as the entries
+    by_head = bias_table.t().contiguous().index_select(1, index)
+    return by_head.view(1, -1, patch_size**2, patch_size**2)
 
 
 @functools.cache

@@ -52,3 +52,12 @@ def test_float32_follows_the_precision_setting(monkeypatch):
         assert launch.dot_precision(torch.float32) == "ieee"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_next_power_of_2():
+    import triton
+
+    from catkernels.kernels import launch
+
+    for n in range(1, 130):
+        assert launch.next_power_of_2(n) == triton.next_power_of_2(n)

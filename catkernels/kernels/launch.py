@@ -120,6 +120,11 @@ def overriding(answer: Callable[[Callable, Problem, Any], Any]) -> Iterator[None
         _overrides.remove(answer)
 
 
+def next_power_of_2(n: int) -> int:
+    """The least power of 2 from ``n`` on; Triton's own function takes 3 us, in every launch."""
+    return 1 << (n - 1).bit_length()
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which kernels are launched on ``device``, whichever is current."""
     if device.index is None:

@@ -21,7 +21,7 @@ from catkernels.kernels.ipsa.window import (
     pixel_rows,
     window_pixels,
 )
-from catkernels.kernels.launch import launched_as, on_device
+from catkernels.kernels.launch import launched_as, next_power_of_2, on_device
 from catkernels.kernels.tiles import LOG2E, chunk_bounds, dot
 
 
@@ -238,5 +238,5 @@ def ipsa_backward(
                 PATCH=patch_size,
                 WINDOWS=problem.windows_per_tile,
                 TILE=TILE,
-                BLOCK_X=triton.next_power_of_2(2 * patch_size - 1),
+                BLOCK_X=next_power_of_2(2 * patch_size - 1),
             )

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from catkernels.kernels.launch import (
@@ -17,6 +16,7 @@ from catkernels.kernels.launch import (
     Launch,
     MapProblem,
     dot_precision,
+    next_power_of_2,
     pick,
 )
 
@@ -50,9 +50,9 @@ class ChunkLaunch(Launch):
 FORWARD = {
     # 4 warps have 16 rows each, the least that a product takes: on Ampere and Hopper more warps
     # would repeat work. Three stages of a head of 32 take 28 KiB of shared memory on Ampere, which
-    # leaves 3 resident programs where there are 99 KiB, and 40 KiB on Hopper, which leaves 4 or 5.
-    # Blackwell splits a tile over 8 warps, which halves the registers; on CDNA a second stage
-    # costs a resident wave.
+    # leaves 3 resident programs where there are 99 KiB, and 40 KiB on Hopper, room for 5 where the
+    # registers allow 4. Blackwell splits a tile over 8 warps, which halves the registers; on CDNA
+    # a second stage costs a resident wave.
     "half": {
         AMPERE: ChunkLaunch(4, 3, 432),
         HOPPER: ChunkLaunch(4, 3, 528),
@@ -145,7 +145,7 @@ class Problem(MapProblem):
         """The arguments by value and the constants that both kernels take."""
         # scores in units of log 2 save a product per weight; float32 would feel their rounding
         score_unit = 1.0 if self.dtype == torch.float32 else math.log2(math.e)
-        block_d = max(16, triton.next_power_of_2(self.head_dim))
+        block_d = max(16, next_power_of_2(self.head_dim))
         return {
             "height": self.height,
             "width": self.width,
