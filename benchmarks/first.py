@@ -268,15 +268,17 @@ def _compile(record: Record, target: object) -> None:
 
 def _check(record: Record, trial: bool) -> None:
     """The self-check of families that have not been found right yet."""
+    environment = {"TRITON_INTERPRET": "1"} if trial else None
     if trial:
-        tasks, options = families.interpreted_tasks(), {"environment": {"TRITON_INTERPRET": "1"}}
+        tasks = families.interpreted_tasks()
     else:
         from catkernels.kernels.compile_ahead import current_target
 
         precisions = (*families.PRECISIONS, "tf32")
-        tasks, options = families.tasks(DEVICE.type, current_target(), precisions), {}
+        tasks = families.tasks(DEVICE.type, current_target(), precisions)
     waiting = [task for task in tasks if not record.holds(f"check {task}")]
-    for row in check.judged_rows(waiting, workers=min(check.RUNNING, num_cores()), **options):
+    workers = min(check.RUNNING, num_cores())
+    for row in check.judged_rows(waiting, workers=workers, environment=environment):
         fine = row.verdict in ("right", "not served")
         failure = None if fine else f"{row.verdict}: {row.detail}"
         record.add(f"check {row.name}", [asdict(row)], failure, row.seconds)
