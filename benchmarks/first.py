@@ -38,7 +38,7 @@ from catkernels.commands import check
 from catkernels.commands.check import poisoned_results
 from catkernels.pool import num_cores, run_apart
 
-TIME_LIMIT_S = 285
+TIME_LIMIT_S = 280
 STEP_LIMIT_S = 120
 ROUNDS = 10
 LAUNCHES = 200
@@ -232,6 +232,8 @@ def _brief(rows: list[dict]) -> str:
             said.append(f"{row['bytes_per_s'] / 1e12:.2f} TB/s, {row['flops_per_s'] / 1e12:.0f} TF")
         elif "left_out" in row:
             said.append(row["left_out"])
+        elif "failures" in row:
+            said.append(f"{len(row['failures'])} failures")
         elif "verdict" in row:
             said.append(f"{row['verdict']}: {row['detail']}")
         elif "launches" in row:

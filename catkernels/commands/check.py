@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import catkernels
 from catkernels import machine
 from catkernels.accuracy import OutOfBudget, assert_draws_within_error_budget, tf32_products
 from catkernels.cases import Inputs, converted, random_grad, results
@@ -85,7 +86,7 @@ def run(*, interpret: bool = False, output: Path | None = None) -> int:
             "there is no GPU here, so there is nothing to check: --interpret runs a few small "
             "calls in Triton's interpreter"
         )
-    about = machine.describe()
+    about = {"catkernels": catkernels.__version__, **machine.describe()}
     print(", ".join(f"{k} {v}" for k, v in about.items() if v and k != "device_state"))
     rows = []
     for row in interpreted_rows() if interpret else device_rows(device):
