@@ -130,6 +130,10 @@ def compilations(target: object) -> Iterator[tuple[Task, Candidate]]:
             yield task, candidate
     tasks = families.tasks("cuda", target, (*families.PRECISIONS, "tf32"))
     yield from ((task, Candidate("")) for task in families.compilations(tasks))
+    # CAT-T has other channels, which no figure of the first minutes needs
+    for stage in range(1, 5):
+        case = stage_case("cpsa", stage, model="tiny")
+        yield Task("cpsa", (case,), torch.bfloat16, False, "cuda", target), Candidate("")
 
 
 def compile_all(target: object, processes: int, environment: dict[str, str]) -> list[str]:

@@ -84,7 +84,7 @@ first() {
         mkdir -p "$kept"
         cp -r .triton-cache/. "$kept"
     fi
-    within 300 "${interpreted[@]}" env TRITON_CACHE_DIR="$kept" \
+    within 295 "${interpreted[@]}" env TRITON_CACHE_DIR="$kept" \
         python3 -m benchmarks.first "$out/first.jsonl" "${trial[@]}"
 }
 

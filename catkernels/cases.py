@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class IPSACase:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> Inputs:
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         table_dtype = torch.float32 if self.mixed else dtype
         inputs = make_ipsa_inputs(self.shape, dtype, device, table_dtype=table_dtype, seed=seed)
         return inputs | dict.fromkeys(self.without)
@@ -145,14 +146,17 @@ class IPSACase:
 
     def specified(self, qkv: Tensor, bias_table: Tensor | None, qkv_bias: Tensor | None) -> Tensor:
         """By the reference."""
-        return reference.ipsa_attention(
-            qkv,
-            bias_table,
-            num_heads=self.num_heads,
-            patch_size=self.patch_size,
-            scale=self.scale,
-            qkv_bias=qkv_bias,
-            dropout_p=self.dropout_p,
+        return cast(
+            Tensor,
+            reference.ipsa_attention(
+                qkv,
+                bias_table,
+                num_heads=self.num_heads,
+                patch_size=self.patch_size,
+                scale=self.scale,
+                qkv_bias=qkv_bias,
+                dropout_p=self.dropout_p,
+            ),
         )
 
     def kept(self, seed: int) -> Tensor:
@@ -162,7 +166,9 @@ class IPSACase:
         keep = kept(seed, self.dropout_p, tokens, tokens, self.num_heads, self.batch * windows)
         return keep.unflatten(0, (self.batch, windows))
 
-    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype, needs_grad: bool):
+    def unsupported_reasons(
+        self, device: torch.device, dtype: torch.dtype, needs_grad: bool
+    ) -> list[str]:
         return ipsa.unsupported_reasons(
             device=device,
             dtype=dtype,
@@ -198,28 +204,41 @@ class CPSACase:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, dtype: torch.dtype, device: torch.device, seed=0) -> Inputs:
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         inputs = make_cpsa_inputs(self.shape, dtype, device, seed=seed)
-        return inputs | {"x": inputs["x"].float()} if self.mixed else inputs
+        if self.mixed:
+            inputs["x"] = inputs["x"].float()
+        return {**inputs}
 
     def attend(self, x: Tensor, *weights: Tensor) -> Tensor:
         """By the kernels."""
-        options = {"scale": 1 / self.patch_size, "dtype": weights[0].dtype}
         return cpsa.cpsa_attention(
-            x, *weights, patch_size=self.patch_size, dropout_p=self.dropout_p, **options
+            x,
+            *weights,
+            patch_size=self.patch_size,
+            scale=1 / self.patch_size,
+            dropout_p=self.dropout_p,
+            dtype=weights[0].dtype,
         )
 
     def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
         """By the reference."""
-        options = {"patch_size": self.patch_size, "dropout_p": self.dropout_p}
-        return reference.cpsa_attention(x.to(weights[0].dtype), *weights, **options)
+        x = x.to(weights[0].dtype)
+        return cast(
+            Tensor,
+            reference.cpsa_attention(
+                x, *weights, patch_size=self.patch_size, dropout_p=self.dropout_p
+            ),
+        )
 
     def kept(self, seed: int) -> Tensor:
         """Which weights the kernels keep: bool (B, C, P, P)."""
         patches = self.shape.num_patches
         return kept(seed, self.dropout_p, patches, patches, self.channels, self.batch)
 
-    def unsupported_reasons(self, device: torch.device, dtype: torch.dtype, needs_grad: bool):
+    def unsupported_reasons(
+        self, device: torch.device, dtype: torch.dtype, needs_grad: bool
+    ) -> list[str]:
         return cpsa.unsupported_reasons(
             device=device,
             dtype=dtype,

@@ -6,7 +6,7 @@ A new family is an entry in `FAMILIES`, of cases as `Case` has them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,15 +20,25 @@ from catkernels.torch_state.precision import allows_tf32
 class Case(Protocol):
     """A call that can be judged, see `catkernels.cases`."""
 
-    name: str
-    dropout_p: float
-    mixed: bool  # of half precision and float32; in float32 alone it is left out
-
+    @property
+    def name(self) -> str: ...
     @property
     def shape(self) -> Shape: ...
+    @property
+    def dropout_p(self) -> float: ...
+    @property
+    def mixed(self) -> bool:
+        """Of half precision and float32; in float32 alone it is left out."""
+
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """By the kernels, of the inputs in their order."""
+
+    @property
+    def specified(self) -> Callable[..., Tensor]:
+        """By the reference."""
+
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs: ...
-    def attend(self, *inputs: Tensor | None) -> Tensor: ...
-    def specified(self, *inputs: Tensor | None) -> Tensor: ...
     def kept(self, seed: int) -> Tensor: ...
     def unsupported_reasons(
         self, device: torch.device, dtype: torch.dtype, needs_grad: bool

@@ -8,7 +8,6 @@ import subprocess
 
 import torch
 
-import catkernels
 from catkernels.torch_state.device import TRITON_IS_INSTALLED, best_device
 
 STATE = "power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
@@ -18,7 +17,6 @@ def describe(cpu_name: str | None = None) -> dict[str, str | None]:
     """The device's name, the versions of everything between it and Python, and its clocks."""
     device = best_device()
     about = {
-        "catkernels": catkernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

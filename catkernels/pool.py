@@ -15,12 +15,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any, Generic, TypeVar
 
 _environment = threading.Lock()
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[Task, Result]):
     """What became of a task.
 
     Attributes:
@@ -29,8 +33,8 @@ class Outcome:
         seconds: from the task's start to its end, without the process's start.
     """
 
-    task: object
-    result: object | None
+    task: Task
+    result: Result | None
     failure: str | None
     seconds: float
 
@@ -41,14 +45,14 @@ def num_cores() -> int:
 
 
 def run_apart(
-    function: Callable,
-    tasks: Iterable,
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
     *,
     workers: int,
     timeout_s: float = 600.0,
     until: float = float("inf"),
     environment: dict[str, str] | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome[Task, Result]]:
     """Call ``function`` on each task in spawned processes; outcomes come as tasks end.
 
     With one worker the tasks are served in their order.
@@ -63,11 +67,11 @@ def run_apart(
         until: when, by `time.monotonic`, no further task is begun; those left have no outcome.
         environment: variables that the processes have beside this one's.
     """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
     tasks = list(tasks)
     for task in tasks:
         waiting.put(task)
-    outcomes: queue.SimpleQueue = queue.SimpleQueue()
+    outcomes: queue.SimpleQueue[Outcome[Task, Result] | None] = queue.SimpleQueue()
     arguments = (function, waiting, outcomes, timeout_s, until, environment or {})
     threads = [
         threading.Thread(target=_serve_tasks, args=arguments, daemon=True)
@@ -92,9 +96,16 @@ def run_apart(
             thread.join()
 
 
-def _serve_tasks(function, waiting, outcomes, timeout_s, until, environment) -> None:
+def _serve_tasks(
+    function: Callable[[Task], Result],
+    waiting: queue.SimpleQueue[Task],
+    outcomes: queue.SimpleQueue[Outcome[Task, Result] | None],
+    timeout_s: float,
+    until: float,
+    environment: dict[str, str],
+) -> None:
     """In a thread: one process, and the next one where it has ended. None is the last outcome."""
-    process = None
+    process: _Process | None = None
     with contextlib.suppress(queue.Empty):
         while time.monotonic() < until:
             task = waiting.get_nowait()
@@ -111,7 +122,7 @@ def _serve_tasks(function, waiting, outcomes, timeout_s, until, environment) -> 
 
 
 class _Process:
-    def __init__(self, function: Callable, environment: dict[str, str]) -> None:
+    def __init__(self, function: Callable[[Any], Any], environment: dict[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, other_end = context.Pipe()
         self.process = context.Process(target=_serve, args=(other_end, function), daemon=True)
@@ -130,7 +141,7 @@ class _Process:
         other_end.close()
         self.starting = True
 
-    def serve(self, task: object, timeout_s: float) -> Outcome:
+    def serve(self, task: Any, timeout_s: float) -> Outcome[Any, Any]:
         start = time.monotonic()
         try:
             if self.starting:
@@ -156,7 +167,7 @@ class _Process:
             self.process.join()
 
 
-def _serve(connection: Connection, function: Callable) -> None:
+def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     """In the process: serve tasks until the other end closes."""
     connection.send("ready")
     with contextlib.suppress(EOFError, KeyboardInterrupt):

@@ -10,13 +10,14 @@ import contextlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import catkernels
 from catkernels import machine
 from catkernels.accuracy import OutOfBudget, assert_draws_within_error_budget, tf32_products
 from catkernels.cases import Inputs, converted, random_grad, results
@@ -85,7 +86,7 @@ def run(*, interpret: bool = False, output: Path | None = None) -> int:
             "there is no GPU here, so there is nothing to check: --interpret runs a few small "
             "calls in Triton's interpreter"
         )
-    about = machine.describe()
+    about = {"catkernels": catkernels.__version__, **machine.describe()}
     print(", ".join(f"{k} {v}" for k, v in about.items() if v and k != "device_state"))
     rows = []
     for row in interpreted_rows() if interpret else device_rows(device):
@@ -133,11 +134,15 @@ def device_rows(device: torch.device, precisions: tuple[str, ...] = PRECISIONS) 
         yield replace(row, compile_seconds=seconds[row.name])
 
 
-def judged_rows(tasks: list[Task], **options) -> Iterator[Row]:
-    """Run and judge families, each in a process that it may break; ``options`` of `run_apart`."""
-    for outcome in run_apart(judge, tasks, timeout_s=120, **options):
-        if outcome.failure:
-            yield Row(str(outcome.task), "crashed", outcome.failure, seconds=outcome.seconds)
+def judged_rows(
+    tasks: list[Task], *, workers: int, environment: dict[str, str] | None = None
+) -> Iterator[Row]:
+    """Run and judge families, each in a process that it may break."""
+    outcomes = run_apart(judge, tasks, workers=workers, timeout_s=120, environment=environment)
+    for outcome in outcomes:
+        if outcome.result is None:
+            failure = outcome.failure or "it gave nothing"
+            yield Row(str(outcome.task), "crashed", failure, seconds=outcome.seconds)
         else:
             yield replace(outcome.result, seconds=outcome.seconds)
 
@@ -168,7 +173,7 @@ def _judge_case(case: Case, task: Task, device: torch.device, differentiate: boo
     draws = []
     for seed in range(DRAWS if small and device.type != "cpu" else 1):
         inputs = case.inputs(task.dtype, device, seed=seed)
-        dropout = contextlib.nullcontext()
+        dropout: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if case.dropout_p:
             dropout = SameDropout(SEED, case.kept(SEED).to(device))
         with dropout:
@@ -204,7 +209,9 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def poisoned_results(attend, inputs: Inputs, grad_out: Tensor | None) -> dict[str, Tensor]:
+def poisoned_results(
+    attend: Callable[..., Tensor], inputs: Inputs, grad_out: Tensor | None
+) -> dict[str, Tensor]:
     """`results` where all memory that is not written is NaN, so that it shows."""
     before = torch.are_deterministic_algorithms_enabled()
     # PyTorch fills what `torch.empty` returns where it is asked for deterministic algorithms
