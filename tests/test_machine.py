@@ -1,0 +1,26 @@
+"""What results were computed on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import torch
+
+import catkernels
+from catkernels import machine
+
+
+def test_a_device_its_versions_and_its_state_are_named():
+    about = machine.describe("a processor")
+    assert about["torch"] == torch.__version__
+    assert about["catkernels"] == catkernels.__version__
+    if "triton" in about:
+        assert about["triton"] == importlib.metadata.version("triton")
+    if not torch.cuda.is_available():
+        assert (about["device"], about["device_state"]) == ("a processor", "one thread")
+        assert about["cuda"] is None or "driver" not in about
+
+
+def test_without_nvidias_tool_the_reason_stands_in_the_place_of_its_answer(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert machine._nvidia_smi("driver_version").startswith("unknown: ")
