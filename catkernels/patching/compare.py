@@ -28,6 +28,8 @@ from catkernels.torch_state.modes import plainly_on_cpu
 # Two orders of the same operations differ by 1e-15 of their result in float64, and by 1e-7 where a
 # block takes its softmax in single precision.
 LIMIT = 1e-4
+# Pixels of a map that a block is tried on where its size is fixed; CPSA of more takes gigabytes.
+LARGEST_MAP = 2**14
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def _inputs(
     sizes = [(2 * side - min(side - 1, 1), 3 * side - min(side - 1, 2)), (2 * side, side)]
     fixed = getattr(theirs, "input_resolution", None)
     free = hasattr(theirs, "H") and hasattr(theirs, "W") and (fixed is None or theirs.H is not None)
+    if fixed is not None and not free and fixed[0] * fixed[1] > LARGEST_MAP:
+        theirs.input_resolution = ours.input_resolution = fixed = (2 * side, 3 * side)
     # the gradients, which take most of the time, of the first size alone
     modes: tuple[str, ...] = ("evaluation", "training")
     for height, width in [fixed] if fixed is not None and not free else sizes:
@@ -143,17 +147,21 @@ def _results(block: Any, x: Tensor, mode: str) -> dict[str, Tensor]:
         raise TypeError(f"its forward makes {what} of a tensor {tuple(x.shape)}")
     branches = (output - x).detach()
     results = {"output": branches[0], "output for a larger input": branches[1]}
-    if block.training:
+    if not block.training:
+        return results
+    if output.requires_grad:
+        # any that differ from place to place
+        weights = torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x)
         try:
-            # any that differ from place to place
-            weights = torch.arange(x.numel(), dtype=x.dtype).cos().view_as(x)
             torch.autograd.backward(output, weights)
-        except RuntimeError:
-            # one that works in place cannot be trained, and has no gradients to keep
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            # it works on what its norms have kept, so it cannot be trained, and ours may be
             return results
-        for name, leaf in (("input", x), *block.named_parameters()):
-            gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            results[f"gradient of {name}"] = gradient
+    for name, leaf in (("input", x), *block.named_parameters()):
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        results[f"gradient of {name}"] = gradient
     return results
 
 
@@ -184,7 +192,7 @@ def _dropout_reason(block: Any, x: Tensor) -> str:
     ):
         return "its attn_drop is not given the attention weights"
     if _drops(attn.proj_drop) and not (
-        len(dropped) == 1 and torch.allclose(dropped[0].sum(), projected[0].sum())
+        len(dropped) == len(projected) == 1 and torch.allclose(dropped[0].sum(), projected[0].sum())
     ):
         return "its proj_drop is not given what proj makes"
     return ""

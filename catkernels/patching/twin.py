@@ -57,7 +57,9 @@ class Twins:
             for module in mlp.modules():
                 if isinstance(module, nn.Dropout) and module.p:
                     _add_a_half(module)
-        _add_a_half(twin.get_submodule("drop_path"))
+        # one that never drops need not be called
+        if type(block._modules["drop_path"]) is not nn.Identity:
+            _add_a_half(twin.get_submodule("drop_path"))
         return twin.eval()
 
     def _of_attention(self, parts: BlockParts) -> nn.Module:
