@@ -153,9 +153,10 @@ def test_what_autocast_keeps_for_later_passes_keeps_its_gradients(device):
 def test_autocast_for_a_gpu_reaches_the_kernels(dtype):
     """By tensors that only claim to be on a GPU: on one, "auto" chooses the operators."""
     pytest.importorskip("triton")
-    inputs = make_ipsa_inputs(Shape("padded", 2, 9, 16, 16, 1), device="meta")
+    inputs = make_ipsa_inputs(Shape("padded", 2, 9, 16, 16, 1))
+    metas = {name: tensor.to("meta") for name, tensor in inputs.items()}
     with FakeTensorMode() as mode, torch.no_grad():
-        fakes = {n: FakeTensor(mode, t, torch.device("cuda", 0)) for n, t in inputs.items()}
+        fakes = {n: FakeTensor(mode, t, torch.device("cuda", 0)) for n, t in metas.items()}
 
         def attend():
             output = catkernels.ipsa_attention(**fakes, num_heads=1, patch_size=7)

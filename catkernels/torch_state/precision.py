@@ -23,7 +23,7 @@ def autocast_is_on(device: torch.device) -> bool:
 @constant_in_graphs  # which cannot ask
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a type of device; where there is none, asking for it raises."""
-    return torch.amp.is_autocast_available(device_type)
+    return torch.amp.autocast_mode.is_autocast_available(device_type)
 
 
 @constant_in_graphs  # which cannot ask

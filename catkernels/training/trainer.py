@@ -93,7 +93,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, self.steps)
         # half precision's range is too small for the gradients of a mean over a batch
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        is_half = recipe.precision == "fp16"
+        self.scaler = torch.amp.grad_scaler.GradScaler(device.type, enabled=is_half)
         self.step = 0
         self.losses = torch.zeros(self.steps, device=device, dtype=next(model.parameters()).dtype)
         self.epochs: list[Epoch] = []
