@@ -7,6 +7,7 @@ else here imports this one, and it is not called ``timm``, so that no ``import t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, cast
 
@@ -86,6 +87,7 @@ class CAT(cat.CAT):
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for maps.
         drop_rate: dropout before the classifier.
         proj_drop_rate: what `catkernels.CAT` calls ``drop_rate``.
+        device, dtype: of the parameters; None: PyTorch's defaults.
         options: the other arguments of `catkernels.CAT`, except ``out_indices``.
     """
 
@@ -98,9 +100,13 @@ class CAT(cat.CAT):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(num_classes=0, drop_rate=proj_drop_rate, **options)
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(num_classes=0, drop_rate=proj_drop_rate, **options)
+        self.to(dtype=dtype)
         self.in_chans = self.patch_embed.in_chans
         stride = max(self.patch_embed.patch_emb_size)
         self.feature_info: list[dict[str, Any]] = [
@@ -152,6 +158,9 @@ class CAT(cat.CAT):
                 self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype
             )
             cat.init_weights(self.head)
+        # new modules are in training mode, whatever the model is in
+        for module in (self.global_pool, self.head):
+            module.train(self.training)
 
     def forward_intermediates(
         self,

@@ -137,6 +137,19 @@ def test_pooling(global_pool, pool):
     assert not built.head.bias.any()
 
 
+def test_a_new_classifier_is_in_the_models_mode():
+    model = build()
+    model.reset_classifier(3, "max")
+    assert not any(module.training for module in model.modules())
+
+
+def test_device_and_dtype():
+    model = build(device="meta", dtype=torch.float16)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert model.layers[0].pre_ipsa_blocks[0].attn.relative_position_index.dtype == torch.int64
+
+
 def test_a_wrong_number_of_classes():
     model = build()
     with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
