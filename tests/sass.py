@@ -59,15 +59,13 @@ class Instruction:
 def instructions(listing: str) -> list[Instruction]:
     """The instructions of a kernel that ``cuobjdump -sass`` lists."""
     line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.\w+)*)([^;]*);"
-    return [
-        Instruction(
-            int(address, 16),
-            opcode,
-            tuple(operand.strip() for operand in operands.split(",")) if operands.strip() else (),
-            bool(predicate),
-        )
-        for address, predicate, opcode, operands in re.findall(line, listing, re.M)
-    ]
+    found = []
+    for address, predicate, opcode, text in re.findall(line, listing, re.M):
+        # some architectures' are followed by what they wait for: "&req={2} ?trans5"
+        text = re.sub(r"\s[&?].*|\.reuse", "", text).strip()
+        operands = tuple(operand.strip() for operand in text.split(",")) if text else ()
+        found.append(Instruction(int(address, 16), opcode, operands, bool(predicate)))
+    return found
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:

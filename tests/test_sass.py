@@ -23,6 +23,17 @@ def hazards(listing: str) -> list[str]:
     return sass.hazards(sass.instructions(listing))
 
 
+def test_reads_instructions():
+    lines = """
+        /*0010*/              @!UP0 LEA.HI R6, R3.reuse, 0xe, RZ, 0x1a &req={2} ?WAIT2_END_GROUP ;
+        /*0020*/                   BRA 0x10 &req={1} ?trans5;
+    """
+    shift, branch = sass.instructions(lines)
+    assert shift == sass.Instruction(16, "LEA.HI", ("R6", "R3", "0xe", "RZ", "0x1a"), True)
+    assert shift.written == range(6, 7)
+    assert branch.jumps_to == 16
+
+
 def test_waits_before_it_writes():
     assert hazards(LISTING) == []
 
