@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,42 +22,13 @@ try:
     import PIL.Image
     from tqdm import tqdm
 
-    from catkernels.commands.photo_picture import draw
+    from catkernels.commands.photo_picture import Stage, draw
 except ImportError as error:
     raise ImportError(f"the demo needs {error.name}: pip install 'catkernels[demo]'") from error
 
 REPEATS = 5
 # A stage's times are void where the official operations differ by more from themselves.
 NOISE = 0.1
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage of the network did with the images, before and after patching.
-
-    Attributes:
-        official, patched: its map (H, W, C) of the first image, in float32 on the CPU.
-        official_ms, patched_ms: milliseconds an image.
-        is_void: whether the official operations, timed twice, took too different times.
-        served_by: what runs the patched blocks.
-    """
-
-    official: Tensor
-    patched: Tensor
-    official_ms: float
-    patched_ms: float
-    is_void: bool
-    served_by: str
-
-    @property
-    def difference(self) -> Tensor:
-        """How far the maps are apart, at most, in each pixel: (H, W)."""
-        return (self.official - self.patched).abs().amax(-1)
-
-    @property
-    def largest_value(self) -> float:
-        """Of the official map."""
-        return self.official.abs().max().item()
 
 
 def run(

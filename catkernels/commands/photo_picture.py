@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from catkernels.commands.photo_demo import Stage
 
 EXPLANATION = """\
 Each pixel of a map
@@ -24,6 +24,35 @@ how long it is.
 
 Row 3: how far both models
 are apart in it, at most."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of the network did with the images, before and after patching.
+
+    Attributes:
+        official, patched: its map (H, W, C) of the first image, in float32 on the CPU.
+        official_ms, patched_ms: milliseconds an image.
+        is_void: whether the official operations, timed twice, took too different times.
+        served_by: what runs the patched blocks.
+    """
+
+    official: Tensor
+    patched: Tensor
+    official_ms: float
+    patched_ms: float
+    is_void: bool
+    served_by: str
+
+    @property
+    def difference(self) -> Tensor:
+        """How far the maps are apart, at most, in each pixel: (H, W)."""
+        return (self.official - self.patched).abs().amax(-1)
+
+    @property
+    def largest_value(self) -> float:
+        """Of the official map."""
+        return self.official.abs().max().item()
 
 
 def draw(photo: PIL.Image.Image, title: str, stages: Sequence[Stage]) -> Figure:
