@@ -21,6 +21,7 @@ from catkernels.modules import (
     recomputes_norm,
 )
 from catkernels.parts import BlockParts, map_size
+from catkernels.torch_state.hooks import is_intercepted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -107,8 +108,8 @@ class CATBlock(StandIn):
         """Map (B, H, W, C), or tokens (B, H*W, C) where H and W are set, to the same shape.
 
         Raises:
-            TypeError: ``x`` is no floating-point tensor.
-            ValueError: ``x`` is neither, or H and W do not fit it.
+            TypeError: ``x`` is no floating-point tensor, or of another dtype than the weights.
+            ValueError: ``x`` is neither, H and W do not fit it, or it is on another device.
         """
         check_floating(x)
         height, width = self._map_size(x)
@@ -137,22 +138,23 @@ class CATBlock(StandIn):
 
     def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
-        attn, parts = self.attn, self.read_attention()
-        if parts is not None and type(self.norm1) is nn.LayerNorm:
+        attn, norm, parts = self.attn, self.norm1, self.read_attention()
+        if parts is None:
+            x = reference.to_map(norm(tokens), *size)
+            takes_map = isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens
+            return attn(x) if takes_map else self._attend_through_tokens(x)
+        options = (self.patch_size, self.backend)
+        if type(norm) is nn.LayerNorm and not is_intercepted(norm):
             # before the norm complains in words of its own
             check_input(tokens, parts)
-        if parts is not None and self.attn_type == "ipsa":
-            x, options = reference.to_map(tokens, *size), (self.patch_size, self.backend)
-            norm = self.norm1
-            if isinstance(norm, nn.LayerNorm) and recomputes_norm(parts, x, *options, norm):
+            x = reference.to_map(tokens, *size)
+            if self.attn_type == "ipsa" and recomputes_norm(parts, x, *options, norm):
                 return ipsa_layer(parts, x, *options, norm=norm)[0]
-        x = reference.to_map(self.norm1(tokens), *size)
-        if parts is not None and not isinstance(attn, IPSA | CPSA):
-            layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-            return layer(parts, x, self.patch_size, self.backend)[0]
-        if isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens:
+        x = reference.to_map(norm(tokens), *size)
+        if isinstance(attn, IPSA | CPSA):
             return attn(x)
-        return self._attend_through_tokens(x)
+        layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
+        return layer(parts, x, *options)[0]
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
         """Call the attention itself with the tokens that official blocks give theirs."""
