@@ -41,12 +41,16 @@ pytestmark = pytest.mark.usefixtures(
 @pytest.fixture(params=["sm_80", "sm_90", "gfx9", pytest.param("sm_100", marks=pytest.mark.full)])
 def architecture(request, monkeypatch) -> str:
     """Kernels are launched here as on this architecture; a GPU has its own launches alone."""
+    launch_as_on(request.param, monkeypatch)
+    return request.param
+
+
+def launch_as_on(architecture: str, monkeypatch) -> None:
     from catkernels.kernels.launch import architecture as architecture_of
 
-    if DEVICE.type != "cpu" and architecture_of(DEVICE) != request.param:
+    if DEVICE.type != "cpu" and architecture_of(DEVICE) != architecture:
         pytest.skip("launches of another architecture")
-    monkeypatch.setattr("catkernels.kernels.launch.architecture", lambda _: request.param)
-    return request.param
+    monkeypatch.setattr("catkernels.kernels.launch.architecture", lambda _: architecture)
 
 
 def every_number_of_patches():
@@ -157,11 +161,17 @@ def test_nothing_is_read_beside_the_inputs(shape):
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [cpsa_shape(14, 14, 17, batch=2), cpsa_shape(35, 35, 3), cpsa_shape(63, 70, 1)],
-    ids=lambda s: f"P{s.num_patches}",
+    ("shape", "architecture"),
+    [
+        (cpsa_shape(14, 14, 17, batch=3), "sm_90"),  # fetches the next tile ahead
+        (cpsa_shape(35, 35, 9), "sm_90"),  # takes every second tile
+        (cpsa_shape(14, 14, 17, batch=3), "sm_80"),  # in three passes
+        (cpsa_shape(63, 70, 1), "sm_80"),
+    ],
+    ids=str,
 )
-def test_any_chunking_gives_the_same_bits(shape, monkeypatch):
+def test_any_chunking_gives_the_same_bits(shape, architecture, monkeypatch):
+    launch_as_on(architecture, monkeypatch)
     inputs = make_inputs(shape, FP16)
     grad = make_grad(inputs, FP16)
 
@@ -244,6 +254,9 @@ def test_folding_is_more_accurate():
     ids=lambda s: f"P{s.num_patches}",
 )
 def test_dropout(shape, dtype, monkeypatch):
+    if DEVICE.type == "cpu":
+        # all gradients in one pass of half precision, in three of float32
+        launch_as_on("sm_80" if dtype == FP32 else "sm_90", monkeypatch)
     seed, dropout_p = 0x1234_5678_9ABC_DEF0, 0.25
     monkeypatch.setattr(torch, "randint", lambda *a, **k: torch.tensor([seed], device=DEVICE))
     patches = shape.num_patches

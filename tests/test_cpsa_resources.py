@@ -20,7 +20,6 @@ from cross_compile import (
     compiled,
     compiling_for,
     main,
-    triton_version,
 )
 
 pytest.importorskip("triton")
@@ -30,9 +29,11 @@ NAME = "cpsa_resources"
 # number of patches -> height and width in patches, and the channels of CAT-S at that stage
 SIZES = {
     1: (1, 1, 768),
+    2: (1, 2, 384),
     4: (2, 2, 384),
     16: (4, 4, 192),
     25: (5, 5, 384),
+    49: (7, 7, 96),
     64: (8, 8, 96),
     361: (19, 19, 96),
 }
@@ -96,7 +97,7 @@ class Configuration:
 def shipped() -> Iterator[Configuration]:
     """Every configuration that the recorded tables list."""
     for target in ("sm_90", "sm_80", "sm_100", "gfx942"):
-        yield from (Configuration(target, num_patches) for num_patches in SIZES)
+        yield from (Configuration(target, num_patches) for num_patches in (1, 4, 16, 25, 64, 361))
         for num_patches in (16, 64):
             yield Configuration(target, num_patches, autocast=True, padded=True)
         yield Configuration(target, 4, dropout=True)
@@ -105,6 +106,12 @@ def shipped() -> Iterator[Configuration]:
         yield Configuration(target, 16, "fp32")
         if target != "gfx942":
             yield Configuration(target, 4, "tf32")
+    for num_patches in (2, 49):
+        yield Configuration("sm_90", num_patches)
+    for num_patches in (4, 64):
+        yield Configuration("sm_90", num_patches, autocast=True)
+    for num_patches in (16, 64):
+        yield Configuration("sm_90", num_patches, dropout=True)
     for target in ("sm_86", "sm_89", "sm_120", "gfx90a"):
         yield Configuration(target, 4)
     for target in ("sm_80", "sm_86", "sm_90"):
@@ -135,51 +142,55 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
     nvidia = target.startswith("sm_")
     half = configuration.precision in ("bf16", "fp16")
     dropout = configuration.dropout or configuration.least_dropout
-    # Triton 3.6 gives some backward kernels half of the registers on Ampere
-    short = target == "sm_80" and triton_version() < (3, 8)
     for kernel in kernels:
         message = f"{configuration}: {kernel}"
-        copies = kernel["kernel"] == "cpsa_copy_tokens_kernel"
-        backward = "backward" in kernel["kernel"]
+        name = kernel["kernel"]
+        backward = "backward" in name
         assert kernel["shared_bytes"] <= min(TARGETS[target][-1], 99 * 1024), message
         # a kernel that compiled to a trap has a handful of instructions
         assert kernel["instructions"] >= 150, message
-        if not copies:
+        if name != "cpsa_copy_tokens_kernel":
             exact = nvidia and configuration.precision == "fp32"
             assert (kernel["matrix_products"] == 0) == exact, message
         if not half or dropout:
-            tokens = kernel["kernel"] == "cpsa_tokens_backward_kernel"
-            assert kernel["stack_bytes"] <= (2000 if short and tokens else 600), message
+            assert kernel["stack_bytes"] <= 600, message
             continue
 
         if configuration.single or configuration.pixel:
             # one channel is no shape for tiles of 16: it has to compile, not to be fast
             assert kernel["stack_bytes"] <= 256, message
             continue
-        if target in ("sm_80", "sm_86", "sm_89", "sm_120"):
-            limit = 16 if not backward else 224 if short else 128
-            assert kernel["stack_bytes"] <= limit, message
-        elif target == "sm_90":
-            assert kernel["stack_bytes"] <= (64 if backward else 0), message
-        else:
-            assert kernel["stack_bytes"] == 0, message
-        if num_patches > 64:
-            assert kernel["spills"] <= (4 if short else 0), message
+        assert kernel["stack_bytes"] <= stack_limit(configuration, name), message
         if not nvidia:
             continue
 
-        assert kernel["shared_bytes"] <= (50 if backward else 34) * 1024, message
+        # two programs share a multiprocessor: of 227 KB on Hopper and Blackwell, where groups wait
+        # in shared memory, and of 99 KB elsewhere
+        limit = 98 if target in ("sm_90", "sm_100") else 57 if backward else 49
+        assert kernel["shared_bytes"] <= limit * 1024, message
         if not backward and target in ("sm_90", "sm_100"):
-            limit = {1: 128, 4: 128, 16: 168}.get(num_patches, 255)
+            limit = {1: 96, 2: 96, 4: 96, 16: 112}.get(num_patches, 255)
             assert kernel["registers"] <= limit, message
-        # all but constants and statistics moves 16 bytes at a time; backward passes that take 4
-        # channels of 16 patches, one group, move 8
         access = kernel["global_access"]
-        narrow = num_patches == 16 and kernel["kernel"] == "cpsa_map_backward_kernel"
-        if not narrow:
-            wide = access["load128"] + access["store128"]
-            assert wide >= (4 if num_patches == 1 else 12), message
-            assert not {"load16", "load8", "store64", "store16", "store8"} & set(access), message
+        assert access["load128"] + access["store128"] >= (4 if num_patches == 1 else 8), message
+        assert not {"load16", "load8", "store16", "store8"} & set(access), message
+        # tiles of fewer channels than 8, which more do not fit beside, move fewer bytes at a time
+        narrow = num_patches > 16 or (num_patches == 16 and target != "sm_90" and backward)
+        assert narrow or "map" not in name or "store64" not in access, message
+
+
+def stack_limit(configuration: Configuration, kernel: str) -> int:
+    """Bytes of stack that half precision may take without dropout."""
+    target = configuration.target
+    if target in ("sm_80", "sm_86", "sm_89", "sm_120"):
+        return 16 if "backward" not in kernel else 32
+    if target != "sm_90" or kernel != "cpsa_map_backward_kernel":
+        return 0
+    # Four groups, whose sums are exact: 11 of 900 instructions a group. Masks of patches that are
+    # not there, of padding, and maps of float32 take more registers.
+    if configuration.num_patches <= 16:
+        return 160 if configuration.padded else 0
+    return 448 if configuration.padded else 288 if configuration.num_patches < 64 else 144
 
 
 def test_bars():

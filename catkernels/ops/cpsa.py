@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from catkernels.ops.limits import map_reasons
+from catkernels.ops.limits import MAX_PATCH_SIZE, map_reasons
 from catkernels.ops.operator import (
     call_once_differentiable,
     contiguous,
@@ -37,13 +37,15 @@ def unsupported_reasons(
         needs_grad: whether there will be a backward pass.
     """
     reasons = map_reasons(device, dtype, patch_size)
-    if needs_grad and dtype == torch.float32 and num_patches > 1 and not interpreting():
+    # one patch of less than 8 x 8 pixels takes two products only
+    attends = num_patches > 1 or patch_size == MAX_PATCH_SIZE
+    if needs_grad and dtype == torch.float32 and attends and not interpreting():
         # without matrix instructions the terms of exact products spill
         exact = torch.version.hip is not None or not allows_tf32()
         if exact and not multiplies_float32_matrices(device):
             reasons.append(
-                "the backward pass of more than one patch in float32 needs TF32 products or "
-                "CDNA: exact ones do not fit in the registers of other devices "
+                "the backward pass of more than one patch in float32, or of one of 8 x 8 pixels, "
+                "needs TF32 products or CDNA: exact ones do not fit in other devices' registers "
                 "(torch.backends.cuda.matmul.fp32_precision is not 'tf32', or nothing to AMD's)"
             )
     return reasons

@@ -1,6 +1,6 @@
 """CPSA backward. The attention weights are computed again, tile by tile.
 
-Of up to 16 patches it reads and writes the map, of more their tokens.
+Of up to 64 patches it reads and writes the map, where its registers hold that; else tokens.
 """
 
 from __future__ import annotations
@@ -11,45 +11,34 @@ import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa.flash_backward import flash_backward
-from catkernels.kernels.cpsa.launch import (
-    PROGRAMS,
-    Problem,
-    backward_passes,
-    backward_route,
-)
-from catkernels.kernels.cpsa.tiles import (
-    PIXELS,
+from catkernels.kernels.cpsa.launch import PROGRAMS, Problem, backward_passes, route
+from catkernels.kernels.cpsa.map_tiles import (
     ROWS,
     from_groups,
-    get_group,
     map_tile,
     put_group,
     tile_dropout,
+    tile_query,
     tile_softmax,
     to_groups,
+    with_ones,
 )
-from catkernels.kernels.cpsa.tokens import from_tokens, load_tokens, store_tokens, to_tokens
+from catkernels.kernels.cpsa.tiles import COUNTS, GRID, PIXELS
+from catkernels.kernels.cpsa.tokens import from_tokens, to_tokens
 from catkernels.kernels.cpsa.weights import (
     MATRIX,
     PARTIAL,
-    SCORE_CONSTANT,
     SCORE_SCALE,
-    VALUE_CONSTANT,
     VALUE_SCALE,
-    load_constants,
     load_matrix,
     prepare_weights,
-    store_gradients,
     sum_partials,
-    sum_rows,
-    sum_weighted_rows,
-    zero_gradients,
 )
 from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_map_backward_kernel(
     x_ptr,
     grad_ptr,
@@ -69,131 +58,197 @@ def cpsa_map_backward_kernel(
     PATCHES_HIGH: tl.constexpr,
     PATCHES_LOW: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
     GIVE_X: tl.constexpr,
     GIVE_SCORE: tl.constexpr,
     GIVE_VALUE: tl.constexpr,
 ):
-    """The gradients that out = softmax((x A + u) x^T) x M + c sends to x and to the weights.
+    """The gradients that out = softmax(x A x^T) x M sends to x and to the weights.
 
-    Grid: (programs,), each of which takes as many tiles in a row: some channels of an image each
-    Writes: dx_ptr (B, H, W, C); partials_ptr (programs, PARTIAL), each program's sum.
+    x has coordinates that are 1, so that the columns of theirs are the gradients of the constants.
+    That of the bias is summed beside, exactly. AHEAD fetches the next tile before the products of
+    one.
+
+    Grid: (programs,)
+    Writes: dx_ptr (B, H, W, C); partials_ptr (programs, PARTIAL), each program's sums: of A^T, of
+        M^T and of the bias.
     """
     PATCHES: tl.constexpr = PATCHES_HIGH * PATCHES_LOW
     GROUPS: tl.constexpr = BLOCK_C * PATCHES // ROWS
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     dtype: tl.constexpr = matrices_ptr.dtype.element_ty
     map_size = (height, width, num_patches)
-    weights = (matrices_ptr, constants_ptr)
     dropout = (seed_ptr, drop_threshold, keep_scale)
-    gradients = zero_gradients()
-    # tiles in a row share sectors of the map, which the first level of cache then still holds
-    tiles = tl.cdiv(num_tiles, tl.num_programs(0))
-    first_tile = tl.program_id(0) * tiles
-    last_tile = tl.minimum(first_tile + tiles, num_tiles)
-    # hoisted weights would hold registers through the loop, which has none to spare
-    for tile in tl.range(first_tile, last_tile, disable_licm=True):
-        image = tile // BLOCKS
-        first_channel = tile % BLOCKS * BLOCK_C
-        image_start = tl.cast(image, tl.int64) * height * width * CHANNELS
-        # [PATCHES_HIGH, GRID, PATCHES_LOW, GRID, BLOCK_C]
-        offset, inside = map_tile(
+    scales = (tl.load(constants_ptr + SCORE_SCALE), tl.load(constants_ptr + VALUE_SCALE))
+    if dtype == tl.float32:
+        matrices = (matrices_ptr, matrices_ptr + MATRIX)
+    else:
+        # loaded before the loop they stay in shared memory; hoisted by LLVM, in registers
+        matrices = (load_matrix(matrices_ptr), load_matrix(matrices_ptr + MATRIX))
+    gradients = (tl.zeros((PIXELS, PIXELS), tl.float32), tl.zeros((PIXELS, PIXELS), tl.float32))
+    # [x, (low patch, y)]; summed over threads only after the loop
+    bias_grad = tl.zeros((GRID, PATCHES_LOW * GRID), tl.float32)
+    if PATCHES > 16:
+        # neighbours run at the same time: the second level of cache holds the sectors they share
+        first_tile, last_tile, step = tl.program_id(0), num_tiles, tl.num_programs(0)
+    else:
+        # neighbours run one after the other in a program: the first level holds them
+        tiles = tl.cdiv(num_tiles, tl.num_programs(0))
+        first_tile, step = tl.program_id(0) * tiles, 1
+        last_tile = tl.minimum(first_tile + tiles, num_tiles)
+    if AHEAD:
+        x, grad = _load_tiles(
+            x_ptr,
+            grad_ptr,
+            tl.minimum(first_tile, num_tiles - 1),
             map_size,
-            0,
-            first_channel,
             PATCHES_HIGH,
             PATCHES_LOW,
             BLOCK_C,
             CHANNELS,
             PATCH,
+            FULL,
             PADDED,
             WIDE,
+            dtype,
         )
-        x = tl.load(x_ptr + image_start + offset, mask=inside, other=0.0).to(dtype)
-        grad = tl.load(grad_ptr + image_start + offset, mask=inside, other=0.0).to(dtype)
-        # [GROUPS, ROWS, PIXELS]
-        x_groups = to_groups(x, GROUPS, PATCHES_HIGH, PATCHES_LOW)
+    for tile in tl.range(first_tile, last_tile, step, disable_licm=True):
+        if not AHEAD:
+            x, grad = _load_tiles(
+                x_ptr,
+                grad_ptr,
+                tile,
+                map_size,
+                PATCHES_HIGH,
+                PATCHES_LOW,
+                BLOCK_C,
+                CHANNELS,
+                PATCH,
+                FULL,
+                PADDED,
+                WIDE,
+                dtype,
+            )
+        if GIVE_VALUE:
+            rows = tl.reshape(
+                grad.to(tl.float32), (PATCHES_HIGH, GRID, PATCHES_LOW * GRID, BLOCK_C)
+            )
+            bias_grad += tl.sum(tl.sum(rows, 3), 0)
+        # GROUPS times [ROWS, PIXELS]
+        x_groups = to_groups(with_ones(x, BLOCK_C), GROUPS, PATCHES_HIGH, PATCHES_LOW)
         grad_groups = to_groups(grad, GROUPS, PATCHES_HIGH, PATCHES_LOW)
-        if GIVE_X:
-            dx_groups = tl.zeros((GROUPS, ROWS, PIXELS), dx_ptr.dtype.element_ty)
+        if AHEAD:
+            x, grad = _load_tiles(
+                x_ptr,
+                grad_ptr,
+                tl.minimum(tile + step, num_tiles - 1),
+                map_size,
+                PATCHES_HIGH,
+                PATCHES_LOW,
+                BLOCK_C,
+                CHANNELS,
+                PATCH,
+                FULL,
+                PADDED,
+                WIDE,
+                dtype,
+            )
+        image = tile // BLOCKS
+        first_channel = tile % BLOCKS * BLOCK_C
+        # [GROUPS, ROWS, PIXELS]
+        dx = tl.zeros((GROUPS, ROWS, PIXELS), x_ptr.dtype.element_ty)
         for group in tl.static_range(GROUPS):
-            dx, gradients = _tile_gradients(
-                get_group(x_groups, group, dtype),
-                get_group(grad_groups, group, dtype),
+            group_dx, gradients = _tile_gradients(
+                x_groups[group],
+                grad_groups[group],
                 gradients,
-                weights,
+                matrices,
+                scales,
                 dropout,
                 image,
                 first_channel + group * (ROWS // PATCHES),
                 num_patches,
                 PATCHES,
+                FULL,
                 PRECISION,
                 GIVE_X,
                 GIVE_SCORE,
                 GIVE_VALUE,
             )
             if GIVE_X:
-                dx_groups = put_group(dx_groups, dx, group)
+                dx = put_group(dx, group_dx, group)
         if GIVE_X:
-            dx = from_groups(dx_groups, GROUPS, PATCHES_HIGH, PATCHES_LOW)
+            offset, inside = map_tile(
+                map_size,
+                0,
+                first_channel,
+                PATCHES_HIGH,
+                PATCHES_LOW,
+                BLOCK_C,
+                CHANNELS,
+                PATCH,
+                FULL,
+                PADDED,
+                WIDE,
+            )
+            image_start = tl.cast(image, tl.int64) * height * width * CHANNELS
+            dx = from_groups(dx, GROUPS, PATCHES_HIGH, PATCHES_LOW)
             tl.store(dx_ptr + image_start + offset, dx, mask=inside)
-    store_gradients(
-        partials_ptr + tl.program_id(0) * PARTIAL, gradients, seed_ptr, GIVE_SCORE, GIVE_VALUE
-    )
+
+    pixel = tl.arange(0, PIXELS)
+    place = pixel[:, None] * PIXELS + pixel[None, :]
+    partials_ptr += tl.program_id(0) * PARTIAL
+    score_grad, value_grad = gradients
+    if GIVE_SCORE:
+        tl.store(partials_ptr + place, score_grad)
+    if GIVE_VALUE:
+        tl.store(partials_ptr + MATRIX + place, value_grad)
+        bias_grad = tl.sum(tl.reshape(bias_grad, (GRID, PATCHES_LOW, GRID)), 1)
+        side = tl.arange(0, GRID)
+        place = side[None, :] * GRID + side[:, None]
+        tl.store(partials_ptr + 2 * MATRIX + 2 * PIXELS + place, bias_grad)
 
 
 @triton.jit
-def cpsa_tokens_backward_kernel(
+def _load_tiles(
     x_ptr,
     grad_ptr,
-    matrices_ptr,
-    constants_ptr,
-    seed_ptr,
-    dx_ptr,
-    partials_ptr,
-    num_sequences,
-    num_channels,
-    num_patches,
-    drop_threshold,
-    keep_scale,
-    PRECISION: tl.constexpr,
-    GIVE_X: tl.constexpr,
-    GIVE_SCORE: tl.constexpr,
-    GIVE_VALUE: tl.constexpr,
+    tile,
+    map_size,
+    PATCHES_HIGH: tl.constexpr,
+    PATCHES_LOW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    FULL: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """`cpsa_map_backward_kernel` on the tokens of up to 64 patches.
-
-    Grid: (programs,), each of which takes every programs-th sequence
-    Writes: dx_ptr (B*C, P, 64); partials_ptr (programs, PARTIAL), each program's sum.
-    """
-    weights = (matrices_ptr, constants_ptr)
-    dropout = (seed_ptr, drop_threshold, keep_scale)
-    gradients = zero_gradients()
-    for sequence in tl.range(
-        tl.program_id(0), num_sequences, tl.num_programs(0), disable_licm=True
-    ):
-        dx, gradients = _tile_gradients(
-            load_tokens(x_ptr, sequence, 0, num_patches, ROWS),
-            load_tokens(grad_ptr, sequence, 0, num_patches, ROWS),
-            gradients,
-            weights,
-            dropout,
-            sequence // num_channels,
-            sequence % num_channels,
-            num_patches,
-            ROWS,
-            PRECISION,
-            GIVE_X,
-            GIVE_SCORE,
-            GIVE_VALUE,
-        )
-        if GIVE_X:
-            store_tokens(dx_ptr, dx, sequence, 0, num_patches)
-    store_gradients(
-        partials_ptr + tl.program_id(0) * PARTIAL, gradients, seed_ptr, GIVE_SCORE, GIVE_VALUE
+    """A tile of x and of grad: (PATCHES_HIGH * GRID, PATCHES_LOW * GRID * BLOCK_C) each."""
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    height, width, _ = map_size
+    offset, inside = map_tile(
+        map_size,
+        0,
+        tile % BLOCKS * BLOCK_C,
+        PATCHES_HIGH,
+        PATCHES_LOW,
+        BLOCK_C,
+        CHANNELS,
+        PATCH,
+        FULL,
+        PADDED,
+        WIDE,
     )
+    image_start = tl.cast(tile // BLOCKS, tl.int64) * height * width * CHANNELS
+    x = tl.load(x_ptr + image_start + offset, mask=inside, other=0.0).to(DTYPE)
+    grad = tl.load(grad_ptr + image_start + offset, mask=inside, other=0.0).to(DTYPE)
+    return x, grad
 
 
 @triton.jit
@@ -201,12 +256,14 @@ def _tile_gradients(
     x,
     grad,
     gradients,
-    weights,
+    matrices,
+    scales,
     dropout,
     image,
     first_channel,
     num_patches,
     PATCHES: tl.constexpr,
+    FULL: tl.constexpr,
     PRECISION: tl.constexpr,
     GIVE_X: tl.constexpr,
     GIVE_SCORE: tl.constexpr,
@@ -214,70 +271,59 @@ def _tile_gradients(
 ):
     """dx (ROWS, PIXELS) of a tile, in float32, and ``gradients`` with the tile's added.
 
-    Gradients of attention and scores stay divided by the power of M, which dx and the sum over the
-    programs multiply with in the end.
+    ``gradients`` are those of A^T and of M^T. That of A stays divided by the power of M, which dx
+    and the sum over the programs multiply with in the end. x and grad are right factors only, as in
+    `tile_query`.
     """
     dtype: tl.constexpr = x.dtype
-    matrices_ptr, constants_ptr = weights
-    seed_ptr, _, _ = dropout
-    score_grad, value_grad, score_constant_grad, value_constant_grad, out_constant_grad = gradients
+    score_scale, value_scale = scales
+    score_grad, value_grad = gradients
     factor = tile_dropout(dropout, image, first_channel, PATCHES)
     if PATCHES > 1:
-        query = dot(x, load_matrix(matrices_ptr, True), PRECISION)
-        query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(dtype)
-        score_scale = tl.load(constants_ptr + SCORE_SCALE)
+        query = tile_query(x, _matrix(matrices, 0, dtype), PRECISION)
         # [ROWS, ROWS]
-        attention = tile_softmax(query, x, num_patches, score_scale, PATCHES, PRECISION)
-        dropped = attention * factor
+        attention = tile_softmax(query, x, num_patches, score_scale, PATCHES, FULL, PRECISION)
 
-    if GIVE_VALUE:
+    dx = x.to(tl.float32)
+    if GIVE_X or GIVE_VALUE:
+        # [ROWS, PIXELS], of the values x M
         if PATCHES > 1:
-            attended = dot(dropped.to(dtype), x, PRECISION).to(dtype)
+            dropped = (attention * factor).to(dtype)
+            values_grad = dot(tl.trans(dropped), grad, PRECISION).to(dtype)
         else:
-            attended = (x * factor).to(dtype)
-        value_grad += dot(tl.trans(attended), grad, PRECISION)
-        out_constant_grad += sum_rows(grad)
-        if seed_ptr is not None:
-            total = tl.sum(dropped, 1)[:, None] if PATCHES > 1 else factor
-            value_constant_grad += sum_weighted_rows(grad, total)
-
-    dx = x
-    if GIVE_X or (GIVE_SCORE and PATCHES > 1):
-        value_scale = tl.load(constants_ptr + VALUE_SCALE)
+            values_grad = (grad * factor).to(dtype)
+    if GIVE_VALUE:
+        value_grad += dot(tl.trans(values_grad), x, PRECISION)
+    if PATCHES > 1 and (GIVE_X or GIVE_SCORE):
         # [ROWS, PIXELS]
-        attended_grad = dot(grad, tl.trans(load_matrix(matrices_ptr + MATRIX, True)), PRECISION)
-        if PATCHES == 1:
-            dx = attended_grad * value_scale * factor
-        else:
-            attended_grad = attended_grad.to(dtype)
-            # [ROWS, ROWS]
-            attention_grad = dot(attended_grad, tl.trans(x), PRECISION)
-            if seed_ptr is not None:
-                value_constant = load_constants(constants_ptr + VALUE_CONSTANT)
-                attention_grad += tl.sum(grad * value_constant, 1)[:, None] / value_scale
-            attention_grad *= factor
-            delta = tl.sum(attention * attention_grad, 1)[:, None]
-            scores_grad = (attention * (attention_grad - delta)).to(dtype)
-            # [ROWS, PIXELS]
-            query_grad = dot(scores_grad, x, PRECISION)
-            if GIVE_SCORE:
-                score_grad += dot(tl.trans(x), query_grad.to(dtype), PRECISION)
-                score_constant_grad += sum_rows(query_grad)
-            if GIVE_X:
-                score_matrix = tl.trans(load_matrix(matrices_ptr, True))
-                dx = dot(tl.trans(scores_grad), query, PRECISION)
-                dx += dot(query_grad.to(dtype), score_matrix, PRECISION)
-                dx *= score_scale
-                dx += dot(tl.trans(dropped.to(dtype)), attended_grad, PRECISION)
-                dx *= value_scale
-    gradients = (
-        score_grad,
-        value_grad,
-        score_constant_grad,
-        value_constant_grad,
-        out_constant_grad,
-    )
-    return dx, gradients
+        attended_grad = dot(_matrix(matrices, 1, dtype), tl.trans(grad), PRECISION)
+        attended_grad = tl.trans(attended_grad.to(dtype))
+        # [ROWS, ROWS]
+        attention_grad = dot(attended_grad, tl.trans(x), PRECISION) * factor
+        delta = tl.sum(attention * attention_grad, 1)[:, None]
+        scores_grad = (attention * (attention_grad - delta)).to(dtype)
+        # [ROWS, PIXELS]
+        query_grad = dot(scores_grad, x, PRECISION).to(dtype)
+        if GIVE_SCORE:
+            score_grad += dot(tl.trans(query_grad), x, PRECISION)
+        if GIVE_X:
+            dx = dot(tl.trans(scores_grad), query, PRECISION)
+            dx += dot(query_grad, tl.trans(_matrix(matrices, 0, dtype)), PRECISION)
+            dx *= score_scale
+            dx += dot(values_grad, tl.trans(_matrix(matrices, 1, dtype)), PRECISION)
+            dx *= value_scale
+    elif GIVE_X:
+        dx = dot(values_grad, tl.trans(_matrix(matrices, 1, dtype)), PRECISION) * value_scale
+    return dx, (score_grad, value_grad)
+
+
+@triton.jit
+def _matrix(matrices, KIND: tl.constexpr, dtype: tl.constexpr):
+    """A (KIND 0) or M (KIND 1). In float32 it is fetched anew: shared memory has no room for it."""
+    if dtype == tl.float32:
+        return load_matrix(matrices[KIND], True)
+    else:
+        return matrices[KIND]
 
 
 def cpsa_backward(
@@ -303,26 +349,25 @@ def cpsa_backward(
     needs = (dx is not None, folded_grad is not None)
     with on_device(x.device):
         problem = Problem.of(x, grad.dtype, patch_size, dropout_p)
-        matrices, constants = prepare_weights(folded, None, patch_size, grad.dtype)
+        # where every row of attention weights sums to 1, what they all add moves no gradient
+        value_rows = "none" if seed is None else "values"
+        matrices, constants = prepare_weights(folded, None, patch_size, grad.dtype, value_rows)
         attention = {
             "matrices_ptr": matrices,
             "constants_ptr": constants,
             "seed_ptr": seed,
             **problem.attention_arguments(),
         }
-        route = backward_route(problem)
-        if route == "map":
+        on_map = route(problem, backward=True) == "map"
+        if on_map:
             partials = _map_backward(x, grad, dx, problem, attention, *needs)
         else:
             tokens, grad_tokens = to_tokens(x, problem), to_tokens(grad, problem)
-            backward_of_tokens = flash_backward if route == "flash" else _tokens_backward
-            dx_tokens, partials = backward_of_tokens(
-                tokens, grad_tokens, problem, attention, *needs
-            )
+            dx_tokens, partials = flash_backward(tokens, grad_tokens, problem, attention, *needs)
             if dx is not None:
                 from_tokens(dx_tokens, problem, dx)
         if folded_grad is not None:
-            sum_partials(partials, constants, folded_grad, bias_grad, patch_size)
+            sum_partials(partials, constants, folded_grad, bias_grad, patch_size, transposed=on_map)
 
 
 def _map_backward(
@@ -347,34 +392,8 @@ def _map_backward(
                 partials_ptr=partials,
                 num_tiles=num_tiles,
                 **problem.map_arguments(),
+                FULL=problem.fills_tiles,
                 **attention,
-                **backward_pass.map_constants(needs_x, needs_weights),
+                **backward_pass.pass_constants(needs_x, needs_weights),
             )
     return partials
-
-
-def _tokens_backward(
-    tokens: Tensor,
-    grad: Tensor,
-    problem: Problem,
-    attention: dict,
-    needs_x: bool,
-    needs_weights: bool,
-) -> tuple[Tensor, Tensor]:
-    """`flash_backward` for up to 64 patches."""
-    dx = torch.empty_like(tokens)
-    programs = min(PROGRAMS, problem.num_sequences)
-    partials = tokens.new_empty((programs, PARTIAL.value), dtype=torch.float32)
-    for backward_pass in launched_as(backward_passes, problem):
-        if backward_pass.is_needed(needs_x, needs_weights):
-            cpsa_tokens_backward_kernel[(programs,)](
-                x_ptr=tokens,
-                grad_ptr=grad,
-                dx_ptr=dx,
-                partials_ptr=partials,
-                num_sequences=problem.num_sequences,
-                **problem.token_arguments(),
-                **attention,
-                **backward_pass.constants(needs_x, needs_weights),
-            )
-    return dx, partials

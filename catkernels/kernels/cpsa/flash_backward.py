@@ -25,7 +25,7 @@ from catkernels.kernels.cpsa.launch import (
     flash_backward_launch,
     flash_weights_launch,
 )
-from catkernels.kernels.cpsa.tiles import PIXELS
+from catkernels.kernels.cpsa.tiles import COUNTS, PIXELS
 from catkernels.kernels.cpsa.tokens import load_tokens, store_tokens
 from catkernels.kernels.cpsa.weights import (
     MATRIX,
@@ -51,7 +51,7 @@ MAXIMUM, NORMALISER, DELTA, CONSTANT_GRAD, TOTAL = (tl.constexpr(row) for row in
 NUM_STATISTICS = 5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_flash_query_backward_kernel(
     x_ptr,
     grad_ptr,
@@ -85,10 +85,10 @@ def cpsa_flash_query_backward_kernel(
     dropout = (seed_ptr, drop_threshold, keep_scale)
     # [BLOCK_Q, PIXELS]
     x = load_tokens(x_ptr, sequence, first_query, num_patches, BLOCK_Q)
-    query = dot(x, load_matrix(matrices_ptr, False), PRECISION)
+    query = dot(x, load_matrix(matrices_ptr), PRECISION)
     query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(x.dtype)
     grad = load_tokens(grad_ptr, sequence, first_query, num_patches, BLOCK_Q)
-    value_matrix = tl.trans(load_matrix(matrices_ptr + MATRIX, False))
+    value_matrix = tl.trans(load_matrix(matrices_ptr + MATRIX))
     attended_grad = dot(grad, value_matrix, PRECISION).to(x.dtype)
     # [BLOCK_Q]
     constant_grad = tl.zeros([BLOCK_Q], tl.float32)
@@ -146,7 +146,7 @@ def cpsa_flash_query_backward_kernel(
         tl.store(statistics_ptr + TOTAL * size + row, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_flash_key_backward_kernel(
     x_ptr,
     matrices_ptr,
@@ -216,12 +216,12 @@ def cpsa_flash_key_backward_kernel(
         score_side += dot(tl.trans(scores_grad), query, PRECISION)
 
     query_grad = load_tokens(query_grad_ptr, sequence, first_key, num_patches, BLOCK_K)
-    score_side += dot(query_grad, tl.trans(load_matrix(matrices_ptr, False)), PRECISION)
+    score_side += dot(query_grad, tl.trans(load_matrix(matrices_ptr)), PRECISION)
     dx = (value_side + score_side * score_scale) * tl.load(constants_ptr + VALUE_SCALE)
     store_tokens(dx_ptr, dx, sequence, first_key, num_patches)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_flash_weights_backward_kernel(
     x_ptr,
     grad_ptr,

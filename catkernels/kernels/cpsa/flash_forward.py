@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa.launch import Problem, flash_forward_launch
-from catkernels.kernels.cpsa.tiles import PIXELS, dropout_factor
+from catkernels.kernels.cpsa.tiles import COUNTS, PIXELS, dropout_factor
 from catkernels.kernels.cpsa.tokens import load_tokens, store_tokens
 from catkernels.kernels.cpsa.weights import (
+    BIAS,
     MATRIX,
-    OUT_CONSTANT,
     SCORE_CONSTANT,
     SCORE_SCALE,
     VALUE_CONSTANT,
@@ -27,7 +27,7 @@ from catkernels.kernels.launch import launched_as
 from catkernels.kernels.tiles import LOG2E, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_flash_forward_kernel(
     x_ptr,
     matrices_ptr,
@@ -53,7 +53,7 @@ def cpsa_flash_forward_kernel(
     dropout = (seed_ptr, drop_threshold, keep_scale)
     # [BLOCK_Q, PIXELS]
     x = load_tokens(x_ptr, sequence, first_query, num_patches, BLOCK_Q)
-    query = dot(x, load_matrix(matrices_ptr, False), PRECISION)
+    query = dot(x, load_matrix(matrices_ptr), PRECISION)
     query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(x.dtype)
     score_scale = tl.load(constants_ptr + SCORE_SCALE)
     attended, total, _ = attend_keys(
@@ -70,10 +70,12 @@ def cpsa_flash_forward_kernel(
         BLOCK_K=BLOCK_K,
         PRECISION=PRECISION,
     )
-    out = dot(attended.to(x.dtype), load_matrix(matrices_ptr + MATRIX, False), PRECISION)
-    out = out * tl.load(constants_ptr + VALUE_SCALE) + load_constants(constants_ptr + OUT_CONSTANT)
+    out = dot(attended.to(x.dtype), load_matrix(matrices_ptr + MATRIX), PRECISION)
+    value_constant = load_constants(constants_ptr + VALUE_CONSTANT)
     if seed_ptr is not None:
-        out += (total - 1.0)[:, None] * load_constants(constants_ptr + VALUE_CONSTANT)
+        value_constant *= total[:, None]
+    out = out * tl.load(constants_ptr + VALUE_SCALE) + value_constant
+    out += load_constants(constants_ptr + BIAS)
     store_tokens(out_ptr, out, sequence, first_query, num_patches)
 
 

@@ -3,29 +3,31 @@
 A tile holds 64 tokens: all the patches of one channel, or of several that attend block-diagonally.
 """
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa.flash_forward import flash_forward
-from catkernels.kernels.cpsa.launch import Problem, forward_launch, forward_route
-from catkernels.kernels.cpsa.tiles import (
+from catkernels.kernels.cpsa.launch import Problem, forward_launch, route
+from catkernels.kernels.cpsa.map_tiles import (
     ROWS,
     from_groups,
-    get_group,
     map_tile,
     put_group,
     tile_dropout,
+    tile_query,
     tile_softmax,
     to_groups,
+    with_ones,
 )
+from catkernels.kernels.cpsa.tiles import COUNTS, PIXELS
 from catkernels.kernels.cpsa.tokens import from_tokens, to_tokens
 from catkernels.kernels.cpsa.weights import (
+    BIAS,
     MATRIX,
-    OUT_CONSTANT,
-    SCORE_CONSTANT,
     SCORE_SCALE,
-    VALUE_CONSTANT,
     VALUE_SCALE,
     load_constants,
     load_matrix,
@@ -35,7 +37,7 @@ from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_map_forward_kernel(
     x_ptr,
     matrices_ptr,
@@ -52,12 +54,14 @@ def cpsa_map_forward_kernel(
     PATCHES_HIGH: tl.constexpr,
     PATCHES_LOW: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    FULL: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
-    RELOAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = softmax((x A + u) x^T) x M + c of some channels of an image.
+    """out = softmax(x A x^T) x M of some channels of an image; x has coordinates that are 1.
+
+    With dropout M's constant is Wp bv, which is dropped with the values; the bias is added.
 
     Grid: (images * blocks of channels,)
     Writes: out_ptr (B, H, W, C).
@@ -68,14 +72,11 @@ def cpsa_map_forward_kernel(
     dtype: tl.constexpr = matrices_ptr.dtype.element_ty
     image = tl.program_id(0) // BLOCKS
     first_channel = tl.program_id(0) % BLOCKS * BLOCK_C
-
-    map_size = (height, width, num_patches)
-    weights = (matrices_ptr, constants_ptr)
     dropout = (seed_ptr, drop_threshold, keep_scale)
     image_start = tl.cast(image, tl.int64) * height * width * CHANNELS
-    # [PATCHES_HIGH, GRID, PATCHES_LOW, GRID, BLOCK_C]
+    # [PATCHES_HIGH * GRID, PATCHES_LOW * GRID * BLOCK_C]
     offset, inside = map_tile(
-        map_size,
+        (height, width, num_patches),
         0,
         first_channel,
         PATCHES_HIGH,
@@ -83,64 +84,39 @@ def cpsa_map_forward_kernel(
         BLOCK_C,
         CHANNELS,
         PATCH,
+        FULL,
         PADDED,
         WIDE,
     )
     x = tl.load(x_ptr + image_start + offset, mask=inside, other=0.0).to(dtype)
+    score_scale = tl.load(constants_ptr + SCORE_SCALE)
+    value_scale = tl.load(constants_ptr + VALUE_SCALE)
+    # [PIXELS, PIXELS]
+    score_matrix = load_matrix(matrices_ptr)
+    value_matrix = load_matrix(matrices_ptr + MATRIX)
+    # GROUPS times [ROWS, PIXELS]
+    groups = to_groups(with_ones(x, BLOCK_C), GROUPS, PATCHES_HIGH, PATCHES_LOW)
     # [GROUPS, ROWS, PIXELS]
-    x_groups = to_groups(x, GROUPS, PATCHES_HIGH, PATCHES_LOW)
-    out = tl.zeros((GROUPS, ROWS, x_groups.shape[2]), out_ptr.dtype.element_ty)
+    out = tl.zeros((GROUPS, ROWS, PIXELS), out_ptr.dtype.element_ty)
     for group in tl.static_range(GROUPS):
-        attended = _attend_tile(
-            get_group(x_groups, group, dtype),
-            weights,
-            dropout,
-            image,
-            first_channel + group * (ROWS // PATCHES),
-            num_patches,
-            PATCHES,
-            RELOAD,
-            PRECISION,
-        )
-        out = put_group(out, attended, group)
+        tokens = groups[group]
+        factor = tile_dropout(dropout, image, first_channel + group * (ROWS // PATCHES), PATCHES)
+        # [ROWS, PIXELS]
+        if PATCHES > 1:
+            query = tile_query(tokens, score_matrix, PRECISION)
+            # [ROWS, ROWS]
+            attention = tile_softmax(
+                query, tokens, num_patches, score_scale, PATCHES, FULL, PRECISION
+            )
+            attended = dot((attention * factor).to(dtype), tokens, PRECISION).to(dtype)
+            group_out = dot(attended, value_matrix, PRECISION) * value_scale
+        else:
+            group_out = dot(tokens, value_matrix, PRECISION) * value_scale * factor
+        if seed_ptr is not None:
+            group_out += load_constants(constants_ptr + BIAS)
+        out = put_group(out, group_out, group)
     out = from_groups(out, GROUPS, PATCHES_HIGH, PATCHES_LOW)
     tl.store(out_ptr + image_start + offset, out, mask=inside)
-
-
-@triton.jit
-def _attend_tile(
-    x,
-    weights,
-    dropout,
-    image,
-    first_channel,
-    num_patches,
-    PATCHES: tl.constexpr,
-    RELOAD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """CPSA of the tokens (ROWS, PIXELS) of a tile, in float32."""
-    matrices_ptr, constants_ptr = weights
-    seed_ptr, _, _ = dropout
-    factor = tile_dropout(dropout, image, first_channel, PATCHES)
-    if PATCHES > 1:
-        query = dot(x, load_matrix(matrices_ptr, RELOAD), PRECISION)
-        query = (query + load_constants(constants_ptr + SCORE_CONSTANT)).to(x.dtype)
-        score_scale = tl.load(constants_ptr + SCORE_SCALE)
-        # [ROWS, ROWS]
-        attention = tile_softmax(query, x, num_patches, score_scale, PATCHES, PRECISION) * factor
-        total = tl.sum(attention, 1)[:, None]
-        attended = dot(attention.to(x.dtype), x, PRECISION).to(x.dtype)
-    else:
-        total = factor
-        attended = (x * factor).to(x.dtype)
-
-    # [ROWS, PIXELS]
-    out = dot(attended, load_matrix(matrices_ptr + MATRIX, RELOAD), PRECISION)
-    out = out * tl.load(constants_ptr + VALUE_SCALE) + load_constants(constants_ptr + OUT_CONSTANT)
-    if seed_ptr is not None:
-        out += (total - 1.0) * load_constants(constants_ptr + VALUE_CONSTANT)
-    return out
 
 
 def cpsa_forward(
@@ -163,14 +139,15 @@ def cpsa_forward(
     """
     with on_device(x.device):
         problem = Problem.of(x, out.dtype, patch_size, dropout_p)
-        matrices, constants = prepare_weights(folded, bias, patch_size, out.dtype)
+        value_rows = "out" if seed is None else "values"
+        matrices, constants = prepare_weights(folded, bias, patch_size, out.dtype, value_rows)
         attention = {
             "matrices_ptr": matrices,
             "constants_ptr": constants,
             "seed_ptr": seed,
             **problem.attention_arguments(),
         }
-        if forward_route(problem) == "flash":
+        if route(problem, backward=False) == "flash":
             tokens = to_tokens(x, problem)
             from_tokens(flash_forward(tokens, problem, attention), problem, out)
             return
@@ -180,6 +157,7 @@ def cpsa_forward(
             x_ptr=x,
             out_ptr=out,
             **problem.map_arguments(),
+            FULL=problem.fills_tiles,
             **attention,
             **launch.constants(),
         )

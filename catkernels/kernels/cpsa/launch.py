@@ -16,11 +16,15 @@ from torch import Tensor
 
 from catkernels.kernels.launch import (
     AMPERE,
+    BLACKWELL,
     CDNA,
+    HOPPER,
     Launch,
     MapProblem,
     dot_precision,
 )
+
+_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 TILE = 64  # tokens of a tile, and the most patches that a tile holds
 
@@ -33,9 +37,9 @@ PROGRAMS = 264
 COPY_PATCHES, COPY_CHANNELS = 16, 16
 
 
-# The ways of CPSA's kernels: from tiles of the map, from tokens of which a tile holds whole
-# sequences, or from tokens in blocks, as FlashAttention takes them.
-Route = Literal["map", "tokens", "flash"]
+# The ways of CPSA's kernels: from tiles of the map, each of which holds whole sequences, or from
+# tokens in blocks, as FlashAttention takes them.
+Route = Literal["map", "flash"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,11 @@ class Problem(MapProblem):
         return self.batch * self.channels
 
     @property
+    def fills_tiles(self) -> bool:
+        """Whether the patches are as many as a tile of them holds: a power of two."""
+        return triton.next_power_of_2(self.num_patches) == self.num_patches
+
+    @property
     def wide(self) -> bool:
         """Whether offsets into one image need 64 bits."""
         return self.height * self.width * self.channels >= 2**31
@@ -90,24 +99,41 @@ class Problem(MapProblem):
         return {**self.dropout_arguments(), "PRECISION": self.precision}
 
 
-def forward_route(problem: Problem) -> Route:
-    """Which kernels serve a forward pass."""
-    if problem.num_patches > TILE:
+def route(problem: Problem, backward: bool) -> Route:
+    """Which kernels serve a pass.
+
+    Map tiles hold up to 64 patches, of less than 8 x 8 pixels: their constants want a coordinate
+    that no pixel takes.
+    """
+    if problem.num_patches > TILE or problem.patch_size >= 8:
         return "flash"
-    patches = triton.next_power_of_2(problem.num_patches)
+    if problem.num_patches > 16 and _most_groups(problem, backward) == 1:
+        # one group is then one or two channels of the map, a sixteenth of its sectors or an eighth
+        return "flash"
+    return "map"
+
+
+def _most_groups(problem: Problem, backward: bool) -> int:
+    """The most groups of 64 tokens that a map tile can have."""
+    arch = problem.architecture
     if problem.dtype == torch.float32:
-        # two groups of float32 spill
-        return "map" if patches <= 16 else "flash"
-    # on Ampere eight groups spill (104 bytes)
-    return "flash" if patches == TILE and problem.architecture == AMPERE else "map"
+        return 1
+    if not backward:
+        # Hopper's and Blackwell's registers take eight, Ampere's four; CDNA's at half the occupancy
+        return 8 if arch in (HOPPER, BLACKWELL) else 4
+    if arch == BLACKWELL and _TRITON < (3, 8):
+        # does not share tensor memory: two groups would take 736 columns of 512
+        return 1
+    # In shared memory wait as many groups as leave room for a second program. Two groups spill on
+    # Ampere (620 bytes for the gradient of x alone), four on CDNA (130 bytes).
+    return {HOPPER: 4, BLACKWELL: 4, CDNA: 2}.get(arch, 1)
 
 
-def backward_route(problem: Problem) -> Route:
-    """Which kernels serve a backward pass."""
-    if problem.num_patches > TILE:
-        return "flash"
-    # a map tile of more patches has too many groups
-    return "map" if problem.num_patches <= 16 else "tokens"
+def _block_c(problem: Problem, backward: bool) -> int:
+    """Channels of a map tile: 16 bytes of neighbours if it may have so many groups, or a group."""
+    one_group = TILE // triton.next_power_of_2(problem.num_patches)
+    most = _most_groups(problem, backward) * one_group
+    return max(min(16 // problem.dtype.itemsize, most), one_group)
 
 
 @dataclass(frozen=True)
@@ -115,95 +141,75 @@ class TileLaunch(Launch):
     """How a kernel is launched on tiles of the map."""
 
     block_c: int
-    patches_low: int  # of a tile's patches, those whose pixels different threads may own
-    patches_high: int = 1  # times as many, which one thread owns
-    reload: bool = False
+    patches_high: int  # of a tile's patches, those that one thread owns
+    patches_low: int  # times as many, whose pixels different threads own
+
+    @classmethod
+    def of(cls, problem: Problem, block_c: int, num_warps: int, **options) -> TileLaunch:
+        """A launch that fetches nothing in stages, on tiles of ``block_c`` channels."""
+        patches = triton.next_power_of_2(problem.num_patches)
+        # of 16 patches a thread's share is the rows of 8 pixels
+        return cls(num_warps, 1, block_c, max(patches // 16, 1), min(patches, 16), **options)
 
     def constants(self) -> dict[str, int | bool]:
         return {
             "BLOCK_C": self.block_c,
             "PATCHES_HIGH": self.patches_high,
             "PATCHES_LOW": self.patches_low,
-            "RELOAD": self.reload,
             **super().constants(),
         }
 
 
 def forward_launch(problem: Problem) -> TileLaunch:
     """The launch of the forward kernel on map tiles."""
-    arch = problem.architecture
-    patches = triton.next_power_of_2(problem.num_patches)
-    # 16 bytes of neighbouring channels, or more where a tile holds more channels
-    block_c = max(16 // problem.dtype.itemsize, TILE // patches)
-    if problem.dtype == torch.float32:
-        # exact products want the registers of twice the threads
-        return TileLaunch(8, 1, block_c, patches)
-    # Ampere keeps operands in registers: each use fetches the weights anew
-    reload = arch == AMPERE
-    if patches < TILE:
-        return TileLaunch(4, 1, block_c, patches, reload=reload)
-    # Patches that one thread owns keep the operands' stores to shared memory at 16 bytes. Four
-    # warps would spill on NVIDIA (240 bytes), eight on CDNA.
-    num_warps, patches_high = (4, 4) if arch == CDNA else (8, 2)
-    return TileLaunch(num_warps, 1, block_c, patches // patches_high, patches_high)
+    # exact products want the registers of twice the threads
+    num_warps = 8 if problem.dtype == torch.float32 else 4
+    return TileLaunch.of(problem, _block_c(problem, backward=False), num_warps)
 
 
 @dataclass(frozen=True)
-class BackwardPass:
-    """One launch of a backward kernel: the gradients it gives, and how it is launched."""
+class BackwardPass(TileLaunch):
+    """One launch of the backward kernel on map tiles: the gradients it gives, and how."""
 
-    gives: tuple[str, ...]  # "x", "score" and "value": x, A with u, M with the constants
-    block_c: int = 1
-    patches: int = TILE
-    num_warps: int = 4
+    gives: tuple[str, ...]  # "x", "score" and "value": x, A with u, M with its constants
+    ahead: bool = False  # fetches the next tile before a tile's products
 
     def is_needed(self, needs_x: bool, needs_weights: bool) -> bool:
         return (needs_x and "x" in self.gives) or (needs_weights and self.gives != ("x",))
 
-    def constants(self, needs_x: bool, needs_weights: bool) -> dict:
+    def pass_constants(self, needs_x: bool, needs_weights: bool) -> dict[str, int | bool]:
         return {
             "GIVE_X": needs_x and "x" in self.gives,
             "GIVE_SCORE": needs_weights and "score" in self.gives,
             "GIVE_VALUE": needs_weights and "value" in self.gives,
-            "num_warps": self.num_warps,
-            "num_stages": 1,
-        }
-
-    def map_constants(self, needs_x: bool, needs_weights: bool) -> dict:
-        return {
-            "BLOCK_C": self.block_c,
-            "PATCHES_HIGH": 1,
-            "PATCHES_LOW": self.patches,
-            **self.constants(needs_x, needs_weights),
+            "AHEAD": self.ahead,
+            **self.constants(),
         }
 
 
 def backward_passes(problem: Problem) -> tuple[BackwardPass, ...]:
-    """The passes that together give all gradients, for up to 64 patches.
+    """The passes on map tiles that together give all gradients.
 
     One pass multiplies least, but holds both sums of the weights' gradients beside the products.
     """
-    arch, dtype = problem.architecture, problem.dtype
-    patches = triton.next_power_of_2(problem.num_patches)
-    one_group = TILE // patches
-    block_c = max(16 // dtype.itemsize, one_group)
-    if patches == 1:
-        return (BackwardPass(("x", "score", "value"), block_c, patches),)
-    if arch == AMPERE or dtype == torch.float32:
-        # In one pass half precision spills 360 to 790 bytes on Ampere, TF32 24 to 1180 on Hopper.
-        # On Ampere the scores of two groups spill even alone (320 bytes), and TF32 spills in each
-        # pass: with eight warps up to 170 bytes, of the scores 540, with four 250 and 740. (Triton
-        # 3.6 has 1.9 KB for the scores of tokens on sm_80, with four warps 1.6 KB.)
-        num_warps = 8 if arch == AMPERE and dtype == torch.float32 else 4
-        return (
-            BackwardPass(("x",), block_c, patches, num_warps),
-            BackwardPass(("score",), one_group, patches, num_warps),
-            BackwardPass(("value",), block_c, patches, num_warps),
-        )
-    # One group spills nothing, at the price of map accesses of 64 bits at 16 patches. Two take
-    # several passes, and so twice the map's traffic: on Hopper 390 bytes are spilt in one pass, and
-    # on Blackwell Triton 3.6 compiles them to a trap.
-    return (BackwardPass(("x", "score", "value"), one_group, patches),)
+    arch, exact = problem.architecture, problem.dtype == torch.float32
+    block_c = _block_c(problem, backward=True)
+    passes = (("x", "score", "value"),)
+    num_warps = 4
+    if problem.num_patches > 1:
+        if arch == AMPERE:
+            # two sums spill (32 to 120 bytes in half precision)
+            passes = (("x",), ("score",), ("value",))
+            num_warps = 8 if exact else 4
+        elif exact and arch != CDNA:
+            # one pass of TF32 spills (70 bytes on Hopper)
+            passes = (("x",), ("score", "value"))
+    # one group leaves registers for the next tile
+    one_group = block_c * triton.next_power_of_2(problem.num_patches) == TILE
+    ahead = one_group and len(passes) == 1 and problem.num_patches > 1
+    return tuple(
+        BackwardPass.of(problem, block_c, num_warps, gives=gives, ahead=ahead) for gives in passes
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,7 @@ def flash_forward_launch(problem: Problem) -> FlashLaunch:
     if problem.dtype == torch.float32:
         # float32 products take registers that only twice the threads have
         return FlashLaunch(8, 1, 64, 64)
-    return FlashLaunch(4, 2, 64, 64)
+    return FlashLaunch(4, 3, 64, 64)
 
 
 def flash_backward_launch(problem: Problem) -> FlashLaunch:

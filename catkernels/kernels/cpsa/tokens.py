@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa.launch import COPY_CHANNELS, COPY_PATCHES, Problem
-from catkernels.kernels.cpsa.tiles import GRID, PIXELS, map_tile
+from catkernels.kernels.cpsa.map_tiles import map_tile
+from catkernels.kernels.cpsa.tiles import COUNTS, GRID, PIXELS
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def store_tokens(tokens_ptr, tokens, sequence, first_patch, num_patches):
     tl.store(tokens_ptr + start + offset, tokens.to(tokens_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def cpsa_copy_tokens_kernel(
     map_ptr,
     tokens_ptr,
@@ -60,9 +61,19 @@ def cpsa_copy_tokens_kernel(
 
     map_size = (height, width, num_patches)
     map_ptr += image * height * width * CHANNELS
-    # [1, GRID, PATCHES, GRID, BLOCK_C]
+    # [GRID, PATCHES * GRID * BLOCK_C]
     offset, inside = map_tile(
-        map_size, first_patch, first_channel, 1, PATCHES, BLOCK_C, CHANNELS, PATCH, PADDED, WIDE
+        map_size,
+        first_patch,
+        first_channel,
+        1,
+        PATCHES,
+        BLOCK_C,
+        CHANNELS,
+        PATCH,
+        False,
+        PADDED,
+        WIDE,
     )
     # [BLOCK_C, PATCHES, PIXELS]
     channel = tl.arange(0, BLOCK_C)[:, None, None]
@@ -73,11 +84,13 @@ def cpsa_copy_tokens_kernel(
     inside_tokens = (first_patch + patch < num_patches) & (first_channel + channel < CHANNELS)
     if TO_MAP:
         tokens = tl.load(tokens_ptr + token_offset, mask=inside_tokens, other=0.0)
-        tile = tl.permute(tl.reshape(tokens, (1, BLOCK_C, PATCHES, GRID, GRID)), (0, 4, 2, 3, 1))
+        tile = tl.permute(tl.reshape(tokens, (BLOCK_C, PATCHES, GRID, GRID)), (3, 1, 2, 0))
+        tile = tl.reshape(tile, (GRID, PATCHES * GRID * BLOCK_C))
         tl.store(map_ptr + offset, tile.to(map_ptr.dtype.element_ty), mask=inside)
     else:
         tile = tl.load(map_ptr + offset, mask=inside, other=0.0)
-        tokens = tl.reshape(tl.permute(tile, (0, 4, 2, 3, 1)), (BLOCK_C, PATCHES, PIXELS))
+        tile = tl.permute(tl.reshape(tile, (GRID, PATCHES, GRID, BLOCK_C)), (3, 1, 2, 0))
+        tokens = tl.reshape(tile, (BLOCK_C, PATCHES, PIXELS))
         tl.store(
             tokens_ptr + token_offset, tokens.to(tokens_ptr.dtype.element_ty), mask=inside_tokens
         )

@@ -2,9 +2,17 @@
 
 The kernels hold two matrices (2, 64, 64) in their own dtype: A and M on the 8 x 8 grid, divided by
 powers of two that bring their largest element into [1, 2), so that half precision neither overflows
-nor underflows. Beside them stand float32 constants (4, 64): u, divided as A is; Wp bv; Wp bv + bp;
-and a row that begins with the two powers.
+nor underflows. Beside them stand float32 constants (4, 64): u, divided as A is; Wp bv; bp; and a
+row that begins with the two powers.
+
+A patch of less than 8 x 8 pixels leaves coordinates free, which kernels on map tiles set to 1: the
+matrices' rows of those are what is added to x A and to x M, in two parts, because one rounded to
+half precision would round u more than it may be. Where tokens are zero there they add nothing.
 """
+
+from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import triton
@@ -16,20 +24,22 @@ from catkernels.kernels.cpsa.tiles import GRID, PIXELS
 # where the constants begin
 SCORE_CONSTANT = tl.constexpr(0)
 VALUE_CONSTANT = tl.constexpr(64)
-OUT_CONSTANT = tl.constexpr(128)
+BIAS = tl.constexpr(128)
 SCORE_SCALE = tl.constexpr(192)
 VALUE_SCALE = tl.constexpr(193)
 
 MATRIX = tl.constexpr(64 * 64)
+# the coordinates whose rows are a constant: what its rounding keeps, and the rest
+CONSTANT_ROW, REST_ROW = tl.constexpr(63), tl.constexpr(55)
 # a program's share of the gradients: of both matrices, then of u, Wp bv and bp
 PARTIAL = tl.constexpr(2 * 64 * 64 + 3 * 64)
 
 
 @triton.jit
-def load_matrix(matrix_ptr, RELOAD: tl.constexpr):
-    """A matrix (PIXELS, PIXELS); RELOAD fetches it anew at every use, which frees registers."""
+def load_matrix(matrix_ptr, VOLATILE: tl.constexpr = False):
+    """A matrix (PIXELS, PIXELS); VOLATILE keeps the compiler from fetching it once for all uses."""
     pixel = tl.arange(0, PIXELS)
-    return tl.load(matrix_ptr + pixel[:, None] * PIXELS + pixel[None, :], volatile=RELOAD)
+    return tl.load(matrix_ptr + pixel[:, None] * PIXELS + pixel[None, :], volatile=VOLATILE)
 
 
 @triton.jit
@@ -93,8 +103,11 @@ def cpsa_prepare_weights_kernel(
     matrices_ptr,
     constants_ptr,
     PATCH: tl.constexpr,
+    VALUE_ROWS: tl.constexpr,
 ):
-    """A, M, u and the constants of folded weights (2, N*N + 1, N*N), on the grid and scaled.
+    """A, M and the constants of folded weights (2, N*N + 1, N*N), on the grid and scaled.
+
+    VALUE_ROWS says what of the constants is M's: "out", Wp bv + bp; "values", Wp bv; or "none".
 
     Grid: (2,), the scores' weights and the values'.
     Writes: matrices_ptr (2, 64, 64), constants_ptr (4, 64) up to the powers in its last row.
@@ -114,31 +127,51 @@ def cpsa_prepare_weights_kernel(
     )
     # [PIXELS]
     constant = tl.load(folded_ptr + side * side + pixel, mask=real, other=0.0)
+    bias = tl.zeros_like(constant)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + pixel, mask=real, other=0.0)
+    added = constant
+    if kind == 1:
+        if VALUE_ROWS == "out":
+            added = constant + bias
+        elif VALUE_ROWS == "none":
+            added = tl.zeros_like(constant)
 
-    largest = tl.max(tl.max(tl.abs(matrix), 1), 0)
-    if kind == 0:
-        # x A + u is rounded as one: u must not overflow either
-        largest = tl.maximum(largest, tl.max(tl.abs(constant), 0))
+    # x A + u is rounded as one: u must not overflow either
+    largest = tl.maximum(tl.max(tl.max(tl.abs(matrix), 1), 0), tl.max(tl.abs(added), 0))
     # the exponent field of a normal number, that of 1 for zero; 2**e and 2**-e are then exact
     exponent = tl.cast(largest, tl.int32, bitcast=True) >> 23
     exponent = tl.where(exponent == 0, 127, tl.minimum(exponent, 253))
     power = tl.cast(exponent << 23, tl.float32, bitcast=True)
     inverse = tl.cast((254 - exponent) << 23, tl.float32, bitcast=True)
 
+    dtype: tl.constexpr = matrices_ptr.dtype.element_ty
+    if PATCH < GRID:
+        kept = _rounded(added * inverse, dtype)
+        is_constant = coordinate[:, None] == CONSTANT_ROW
+        matrix = tl.where(is_constant, (kept * power)[None, :], matrix)
+        is_rest = coordinate[:, None] == REST_ROW
+        matrix = tl.where(is_rest, (added - kept * power)[None, :], matrix)
     place = coordinate[:, None] * PIXELS + coordinate[None, :]
-    scaled = (matrix * inverse).to(matrices_ptr.dtype.element_ty)
-    tl.store(matrices_ptr + kind * MATRIX + place, scaled)
+    tl.store(matrices_ptr + kind * MATRIX + place, (matrix * inverse).to(dtype))
     tl.store(constants_ptr + SCORE_SCALE + kind, power)
     if kind == 0:
         tl.store(constants_ptr + SCORE_CONSTANT + coordinate, constant * inverse)
     else:
         tl.store(constants_ptr + VALUE_CONSTANT + coordinate, constant)
-        if bias_ptr is not None:
-            constant += tl.load(bias_ptr + pixel, mask=real, other=0.0)
-        tl.store(constants_ptr + OUT_CONSTANT + coordinate, constant)
+        tl.store(constants_ptr + BIAS + coordinate, bias)
 
 
 @triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """Float32 numbers rounded to ``dtype``, or to TF32, in which a product may take float32."""
+    if dtype == tl.float32:
+        return tl.cast(tl.cast(x, tl.int32, bitcast=True) & ~0x1FFF, tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_partials"])
 def cpsa_sum_partials_kernel(
     partials_ptr,
     constants_ptr,
@@ -146,26 +179,32 @@ def cpsa_sum_partials_kernel(
     bias_grad_ptr,
     num_partials,
     PATCH: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
 ):
     """The gradients of the folded weights and of the bias from all programs' shares.
 
-    Grid: (blocks of gradients,)
+    TRANSPOSED shares hold those of A^T and M^T, and of u and Wp bv as their column `CONSTANT_ROW`.
+
+    Grid: (blocks of a share,)
     Writes: folded_grad_ptr (2, N*N + 1, N*N) and bias_grad_ptr (N*N,), in a fixed order of sums.
     """
     side: tl.constexpr = PATCH * PATCH
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = element // side
-    kind = row // (side + 1)
-    row = row % (side + 1)
-    to = element % side
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_matrix = place < 2 * MATRIX
+    kind = tl.where(in_matrix, place // MATRIX, (place - 2 * MATRIX) // PIXELS)
+    # the coordinates that a weight leads from and to
+    origin = place % MATRIX // PIXELS
+    to = place % PIXELS
+    if TRANSPOSED:
+        origin, to = tl.where(in_matrix, to, CONSTANT_ROW), tl.where(in_matrix, origin, to)
+    is_constant = (origin == CONSTANT_ROW) if TRANSPOSED else ~in_matrix
     is_bias = kind == 2
-    from_place = (row // PATCH * GRID + row % PATCH) * PIXELS
-    constant_place = 2 * MATRIX + kind * PIXELS
-    place = tl.where((row < side) & (kind < 2), kind * MATRIX + from_place, constant_place)
-    place += to // PATCH * GRID + to % PATCH
-    inside = element < 2 * (side + 1) * side + side
+    real = (to // GRID < PATCH) & (to % GRID < PATCH) & (place < PARTIAL)
+    real = real & (is_constant | ((origin // GRID < PATCH) & (origin % GRID < PATCH)))
+    if TRANSPOSED:
+        real = real & (in_matrix | is_bias)
 
     # [BLOCK]
     total = tl.zeros([BLOCK], tl.float32)
@@ -174,42 +213,63 @@ def cpsa_sum_partials_kernel(
         total += tl.sum(
             tl.load(
                 partials_ptr + partial[:, None] * PARTIAL + place[None, :],
-                mask=(partial < num_partials)[:, None] & inside[None, :],
+                mask=(partial < num_partials)[:, None] & real[None, :],
                 other=0.0,
             ),
             0,
         )
     # the kernels' gradients of the scores are divided by the power of the values
     total *= tl.where(kind == 0, tl.load(constants_ptr + VALUE_SCALE), 1.0)
-    tl.store(folded_grad_ptr + element, total, mask=inside & (kind < 2))
-    tl.store(bias_grad_ptr + to, total, mask=inside & is_bias)
+    column = to // GRID * PATCH + to % GRID
+    row = tl.where(is_constant, side, origin // GRID * PATCH + origin % GRID)
+    tl.store(
+        folded_grad_ptr + (kind * (side + 1) + row) * side + column, total, mask=real & ~is_bias
+    )
+    tl.store(bias_grad_ptr + column, total, mask=real & is_bias)
 
 
 def prepare_weights(
-    folded: Tensor, bias: Tensor | None, patch_size: int, dtype: torch.dtype
+    folded: Tensor,
+    bias: Tensor | None,
+    patch_size: int,
+    dtype: torch.dtype,
+    value_rows: Literal["out", "values", "none"],
 ) -> tuple[Tensor, Tensor]:
     """The matrices (2, 64, 64) in ``dtype`` and the float32 constants (4, 64) of folded weights."""
     matrices = folded.new_empty((2, PIXELS.value, PIXELS.value), dtype=dtype)
     constants = folded.new_empty((4, PIXELS.value))
     cpsa_prepare_weights_kernel[(2,)](
-        folded, bias, matrices, constants, PATCH=patch_size, num_warps=4
+        folded,
+        bias,
+        matrices,
+        constants,
+        PATCH=patch_size,
+        VALUE_ROWS=value_rows,
+        num_warps=4,
     )
     return matrices, constants
 
 
 def sum_partials(
-    partials: Tensor, constants: Tensor, folded_grad: Tensor, bias_grad: Tensor, patch_size: int
+    partials: Tensor,
+    constants: Tensor,
+    folded_grad: Tensor,
+    bias_grad: Tensor,
+    patch_size: int,
+    transposed: bool,
 ) -> None:
     """Write the gradients (2, N*N + 1, N*N) of the folded weights and (N*N,) of the bias."""
-    block = 128
-    grid = (triton.cdiv(folded_grad.numel() + bias_grad.numel(), block),)
-    cpsa_sum_partials_kernel[grid](
+    # blocks of 128 bytes, so that there are enough of them for a GPU, whose threads fetch 16 shares
+    # at a time; more would only take long to compile
+    block = 32
+    cpsa_sum_partials_kernel[(triton.cdiv(PARTIAL.value, block),)](
         partials,
         constants,
         folded_grad,
         bias_grad,
         partials.shape[0],
         PATCH=patch_size,
+        TRANSPOSED=transposed,
         BLOCK=block,
         BLOCK_PARTIALS=64,
         num_warps=4,
