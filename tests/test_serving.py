@@ -245,7 +245,10 @@ def test_an_official_block_is_served_once_patched(kind, device, launches):
     block = official.CATBlock(32, (7, 7), 2, 7, 4.0, True, None, 0.0, 0.0, 0.5, nn.LayerNorm, kind)
     model, x = nn.Sequential(block).to(device), rows(2, 49, 32).to(device)
     expected = results(seeded, model, x, AUTOCAST)
-    catkernels.patch(model, backend="triton")
+    report = catkernels.patch(model, backend="triton")
+    # float32 outside of autocast: kernels join what stands between the MLP's products
+    assert report.blocks[0].kernels == ("attention", "MLP", "norms")
+    assert "kernels serve: attention, MLP, norms" in str(report)
     actual = results(seeded, model, x, AUTOCAST)
     assert launches["mlp_forward_kernel"] == launches["norm_backward_kernel"] == 1
     assert_near(actual, expected)
@@ -270,3 +273,15 @@ def test_an_mlp_that_computes_something_else_is_called_itself(device, launches):
     assert model[0].read_mlp() is None
     assert_near(results(seeded, model, x, AUTOCAST), expected)
     assert not launches["mlp_forward_kernel"]
+
+
+def test_a_report_says_why_parts_are_left_to_pytorch(device):
+    model = nn.Sequential(make_block().to(device).eval())
+    (block,) = catkernels.patch(model, backend="triton").blocks
+    assert block.kernels == ("attention",)
+    assert "MLP: the one kernel multiplies in half precision" in block.others
+    assert "norms: without a gradient" in block.others
+    (block,) = catkernels.patch(model.bfloat16(), backend="triton").blocks
+    assert block.kernels == ("attention", "MLP")
+    (block,) = catkernels.patch(model, backend="reference").blocks
+    assert (block.kernels, block.others) == ((), "")
