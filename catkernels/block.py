@@ -5,23 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from catkernels import reference
 from catkernels.adopted import StandIn
-from catkernels.arguments import Backend, check_patch_size, check_probability
+from catkernels.arguments import Backend, check_patch_size
 from catkernels.modules import (
     CPSA,
     IPSA,
+    DropPath,
+    Mlp,
     check_floating,
     check_input,
     cpsa_layer,
     ipsa_layer,
-    recomputes_norm,
+    projects_for_kernels,
 )
-from catkernels.parts import BlockParts, map_size
+from catkernels.ops.linear import add_branch
+from catkernels.ops.norm import norm_linear_residual, norm_residual
+from catkernels.parts import BlockParts, MlpParts, map_size
+from catkernels.serving import (
+    call_reasons,
+    drop_factor,
+    mlp_together,
+    norm_reasons,
+    residual_reasons,
+    unserved_parts,
+)
 from catkernels.torch_state.hooks import is_intercepted
+from catkernels.torch_state.precision import compute_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,6 +75,8 @@ class CATBlock(StandIn):
     H: int | None = None
     W: int | None = None
     input_resolution: tuple[int, int] | None = None
+    # The class of an official MLP whose parts are all that there is to its call.
+    _read_mlp_class: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -114,11 +128,24 @@ class CATBlock(StandIn):
         check_floating(x)
         height, width = self._map_size(x)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
-        attended = self._attend(tokens, (height, width))
-        tokens = tokens + self.drop_path(attended.flatten(1, 2))
-        branch = self.drop_path(self.mlp(self.norm2(tokens)))
-        # a sum, no view of one: FSDP2 marks the result, and a view that is changed loses its mark
-        return tokens.reshape(x.shape) + branch.reshape(x.shape)
+        attended, tokens = self._attend(tokens, (height, width))
+        tokens = self._add(tokens, attended.flatten(1, 2))
+        return self._add_mlp(tokens.reshape(x.shape))
+
+    def unsupported_parts(self, x: Tensor) -> dict[str, list[str]]:
+        """Why the Triton kernels cannot serve parts of a call with ``x``, beside the attention.
+
+        Where they serve the attention, `catkernels.unsupported_reasons` says. Autocast, gradients
+        and the block's mode are as they are when this is called.
+
+        Args:
+            x: as `forward` takes it.
+
+        Returns:
+            One sentence a reason, for the "norms" and the "MLP"; no sentence where kernels serve.
+        """
+        parts = (self.norm1, self.norm2, self.read_mlp(), self.drop_path)
+        return unserved_parts(*parts, x, self.backend)
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
@@ -136,25 +163,64 @@ class CATBlock(StandIn):
             )
         return size
 
-    def _attend(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C)."""
-        attn, norm, parts = self.attn, self.norm1, self.read_attention()
-        if parts is None:
-            x = reference.to_map(norm(tokens), *size)
-            takes_map = isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens
-            return attn(x) if takes_map else self._attend_through_tokens(x)
-        options = (self.patch_size, self.backend)
-        if type(norm) is nn.LayerNorm and not is_intercepted(norm):
+    def _attend(self, tokens: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C), and the tokens."""
+        attn, parts, options = self.attn, self.read_attention(), (self.patch_size, self.backend)
+        if (
+            parts is not None
+            and type(self.norm1) is nn.LayerNorm
+            and not is_intercepted(self.norm1)
+        ):
             # before the norm complains in words of its own
             check_input(tokens, parts)
+        joins = not (call_reasons(tokens, self.backend) or norm_reasons(self.norm1, tokens))
+        if joins and self.attn_type == "ipsa" and parts is not None:
             x = reference.to_map(tokens, *size)
-            if self.attn_type == "ipsa" and recomputes_norm(parts, x, *options, norm):
-                return ipsa_layer(parts, x, *options, norm=norm)[0]
-        x = reference.to_map(norm(tokens), *size)
-        if isinstance(attn, IPSA | CPSA):
-            return attn(x)
-        layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-        return layer(parts, x, *options)[0]
+            if projects_for_kernels(parts, x, *options):
+                qkv, x = norm_linear_residual(x, self.norm1, parts.qkv.weight, parts.qkv.bias)
+                return ipsa_layer(parts, x, *options, qkv=qkv)[0], x.flatten(1, 2)
+        if joins:
+            normed, tokens = norm_residual(tokens, self.norm1)
+        else:
+            normed = self.norm1(tokens)
+        x = reference.to_map(normed, *size)
+        if parts is not None and not isinstance(attn, IPSA | CPSA):
+            layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
+            return layer(parts, x, *options)[0], tokens
+        if isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens:
+            return attn(x), tokens
+        return self._attend_through_tokens(x), tokens
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """``x + drop_path(branch)``."""
+        if call_reasons(x, self.backend) or residual_reasons(self.drop_path):
+            # a sum, no view of one: FSDP2 marks the result, and a view that changes loses its mark
+            return x + self.drop_path(branch)
+        return add_branch(x, branch, drop_factor(self.drop_path, branch.dtype, x))
+
+    def _add_mlp(self, x: Tensor) -> Tensor:
+        """``x + drop_path(mlp(norm2(x)))``."""
+        mlp, serves = self.read_mlp(), not call_reasons(x, self.backend)
+        if serves and mlp is not None:
+            together = mlp_together(self.norm2, mlp, self.drop_path, x)
+            if together is not None:
+                factor = drop_factor(self.drop_path, compute_dtype(x), x)
+                return together(x, self.norm2, mlp.fc1, mlp.fc2, factor)
+        if serves and not norm_reasons(self.norm2, x):
+            normed, x = norm_residual(x, self.norm2)
+        else:
+            normed = self.norm2(x)
+        return self._add(x, self.mlp(normed))
+
+    def read_mlp(self) -> MlpParts | None:
+        """What the MLP consists of, or None where its call may do more than these parts."""
+        if type(self.mlp) not in (Mlp, self._read_mlp_class) or is_intercepted(self.mlp):
+            return None
+        return MlpParts.of(self.mlp)
+
+    def trust_mlp(self) -> None:
+        """Take the parts of the MLP, whose class is none of ours, for all that there is to it."""
+        self._read_mlp_class = type(self.mlp)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
         """Call the attention itself with the tokens that official blocks give theirs."""
@@ -171,44 +237,3 @@ class CATBlock(StandIn):
 
     def extra_repr(self) -> str:
         return f"attn_type={self.attn_type!r}, patch_size={self.patch_size}"
-
-
-class Mlp(nn.Module):
-    """``fc2(act(fc1(x)))``, (.., C) -> the same, with dropout after each of the two halves."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(check_probability("drop", drop))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, zero the branch of an image with probability ``drop_prob``.
-
-    Tensors (B, ..) keep their shape; what remains is scaled by ``1 / (1 - drop_prob)``.
-    """
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = check_probability("drop_path", drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.drop_prob:
-            return x
-        keep = 1 - self.drop_prob
-        mask = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
-        return x * mask.bernoulli_(keep).div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"

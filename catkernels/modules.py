@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from catkernels import cpu, reference
 from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
 from catkernels.functional import cpsa_attention, ipsa_attention, ipsa_runs_kernels
-from catkernels.ops.norm_linear import norm_linear
 from catkernels.parts import AttentionParts
-from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.precision import autocast_is_on
-from catkernels.torch_state.transforms import is_tracing
 
 
 class _Attention(nn.Module):
@@ -197,17 +194,58 @@ class CPSA(_Attention):
         return output if attention is None else (output, attention)
 
 
+class Mlp(nn.Module):
+    """``fc2(act(fc1(x)))``, (.., C) -> the same, with dropout after each of the two halves."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(check_probability("drop", drop))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero the branch of an image with probability ``drop_prob``.
+
+    Tensors (B, ..) keep their shape; what remains is scaled by ``1 / (1 - drop_prob)``.
+    """
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = check_probability("drop_path", drop_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        keep = 1 - self.drop_prob
+        mask = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
+        return x * mask.bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
 def ipsa_layer(
     attn: AttentionParts,
     x: Tensor,
     patch_size: int,
     backend: Backend,
     return_attention: bool = False,
-    norm: nn.LayerNorm | None = None,
+    qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """IPSA of a map (B, H, W, C) with these parts, and the attention weights where asked for.
 
-    With ``norm``, where `recomputes_norm` says that this is possible, it is IPSA of ``norm(x)``.
+    With ``qkv`` (B, H, W, 3C), what the plain layer of this name gives is known already.
     """
     check_input(x, attn)
     height, width = x.shape[1:3]
@@ -217,13 +255,9 @@ def ipsa_layer(
         x = reference.pad_to_patches(x, patch_size)
 
     def attend(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if plain is None or norm is None:
-            qkv = _project(attn, attn.qkv, x, patch_size)
-        else:
-            qkv = norm_linear(x, norm, plain[0])
         output, attention = _pair(
             ipsa_attention(
-                qkv,
+                _project(attn, attn.qkv, x, patch_size) if qkv is None else qkv,
                 attn.table,
                 num_heads=attn.num_heads,
                 patch_size=patch_size,
@@ -238,8 +272,8 @@ def ipsa_layer(
         return output if plain is not None else output[:, :height, :width], attention
 
     if plain is not None and backend != "triton":
-        qkv, proj = plain
-        tensors = (x, qkv.weight, qkv.bias, proj.weight, proj.bias, attn.table)
+        weights = [tensor for layer in plain for tensor in (layer.weight, layer.bias)]
+        tensors = (x, *weights, attn.table)
         if cpu.serves(*tensors, dropout_p=attn.dropout_p, return_attention=return_attention):
             return attn.proj_drop(cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
     output, attention = attend(x)
@@ -256,31 +290,19 @@ def _project(attn: AttentionParts, layer: nn.Module, x: Tensor, patch_size: int)
     return reference.from_windows(output, patch_size, *x.shape[1:3])
 
 
-def recomputes_norm(
-    attn: AttentionParts, x: Tensor, patch_size: int, backend: Backend, norm: nn.Module
+def projects_for_kernels(
+    attn: AttentionParts, x: Tensor, patch_size: int, backend: Backend
 ) -> bool:
-    """Whether IPSA's kernels can train with ``norm(x)`` computed again in the backward pass.
+    """Whether IPSA of ``x`` takes what ``qkv`` as a plain linear layer gives, and kernels take it.
 
-    It is then not kept beside the map (B, H, W, C) that ``x`` is.
+    Raises:
+        ValueError: ``backend="triton"`` cannot serve the call.
     """
-    if not torch.is_grad_enabled():
-        return False
-    # a compiler decides by itself what to compute again, and a trace has operations only
-    if torch.compiler.is_compiling() or is_tracing():
-        return False
-    if type(norm) is not nn.LayerNorm or is_intercepted(norm):
-        return False
     if not (attn.qkv_is_plain and attn.proj_is_plain):
         return False
-    if norm.normalized_shape != x.shape[-1:]:
-        return False
-    tensors = (x, *norm.parameters(), *attn.qkv.parameters())
-    one_dtype = all(t.dtype == x.dtype for t in tensors) or autocast_is_on(x.device)
-    return (
-        one_dtype
-        and any(t.requires_grad for t in tensors)
-        and ipsa_runs_kernels(x, head_dim=attn.head_dim, patch_size=patch_size, backend=backend)
-    )
+    one_dtype = all(p.dtype == x.dtype for p in attn.qkv.parameters()) or autocast_is_on(x.device)
+    options = {"patch_size": patch_size, "backend": backend}
+    return one_dtype and ipsa_runs_kernels(x, head_dim=attn.head_dim, **options)
 
 
 def cpsa_layer(

@@ -97,6 +97,38 @@ class AttentionParts(NamedTuple):
 
 
 @dataclass(frozen=True)
+class MlpParts:
+    """What an MLP in the official structure consists of at this moment.
+
+    Attributes:
+        fc1, fc2: the linear layers.
+        act: the activation between them.
+        drops: the dropouts behind each of them; one module may be both.
+    """
+
+    fc1: nn.Module
+    act: nn.Module
+    fc2: nn.Module
+    drops: tuple[nn.Module, nn.Module]
+
+    @classmethod
+    def of(cls, mlp: Any) -> MlpParts:
+        """Read an MLP, ours or one of which `has_mlp_parts`."""
+        drops = (mlp.drop, mlp.drop) if "drop" in mlp._modules else (mlp.drop1, mlp.drop2)
+        return cls(mlp.fc1, mlp.act, mlp.fc2, drops)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``fc2(act(fc1(x)))`` with the dropouts, (.., C) -> the same."""
+        first, second = self.drops
+        return second(self.fc2(first(self.act(self.fc1(x)))))
+
+    @property
+    def drops_values(self) -> bool:
+        """Whether values are dropped at present."""
+        return any(_dropout_probability(drop) > 0 for drop in self.drops)
+
+
+@dataclass(frozen=True)
 class BlockParts:
     """What a block in the official structure consists of, as far as a report of it says.
 
@@ -156,6 +188,15 @@ def has_official_parts(attn: nn.Module) -> bool:
     children = {"qkv", "attn_drop", "proj", "proj_drop"}
     attributes = ("num_heads", "scale", "rpe")
     return children <= attn._modules.keys() and all(hasattr(attn, name) for name in attributes)
+
+
+def has_mlp_parts(mlp: nn.Module) -> bool:
+    """Whether `MlpParts` can be read of a module, which has no others."""
+    names = {name for name, child in mlp._modules.items() if type(child) is not nn.Identity}
+    names |= {name for name in ("drop", "drop1", "drop2") if name in mlp._modules}
+    dropouts = {"drop"}, {"drop1", "drop2"}
+    known = any(names == {"fc1", "act", "fc2"} | drops for drops in dropouts)
+    return known and not mlp._parameters and not mlp._buffers
 
 
 def map_size(block: Any) -> tuple[int, int] | None:

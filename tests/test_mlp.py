@@ -246,16 +246,13 @@ def test_flops_are_those_of_the_products(device, launches):
     assert our_backward == backward + forward // 2 + ones
 
 
-def test_reasons(device):
-    half = {"dtypes": {torch.float32}, "products": torch.bfloat16}
-    usual = {"device": device, "shape": torch.Size((384, 96)), **half}
+def test_reasons():
+    usual = {"products": torch.bfloat16, "shape": torch.Size((384, 96))}
     assert fused_reasons(**usual) == []
     for change, reason in (
         ({"shape": torch.Size((1536, 384))}, "64, 96, 128 or 192 channels, not 384"),
         ({"shape": torch.Size((100, 64))}, "in steps of 64, not 100"),
         ({"products": torch.float32}, "in half precision, not in torch.float32"),
-        ({"dtypes": {torch.float64}}, "not torch.float64"),
-        ({"device": torch.device("meta")}, "on meta"),
     ):
         (found,) = fused_reasons(**usual | change)
         assert reason in found

@@ -29,6 +29,7 @@ PRIVATE_ENDS = [
     "_C._is_tracing",
     "_C._len_torch_dispatch_stack",
     "autograd.forward_ad._current_level",
+    "nn.modules.module._has_any_global_hook",
     "overrides._get_current_function_mode_stack",
     "utils._device.DeviceContext",
     "utils._python_dispatch.TorchDispatchMode",
@@ -187,6 +188,14 @@ def test_a_module_with_a_hook_is_intercepted(registration):
     assert hooks.is_intercepted(module)
     handle.remove()
     assert not hooks.is_intercepted(module)
+
+
+def test_hooks_of_all_modules_are_seen():
+    assert not hooks.has_global_hooks()
+    handle = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    assert hooks.has_global_hooks()
+    handle.remove()
+    assert not hooks.has_global_hooks()
 
 
 def test_a_module_compiled_by_itself_is_intercepted():

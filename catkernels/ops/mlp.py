@@ -30,23 +30,20 @@ BACKWARD_CHANNELS = (32, 64, 96)
 ONES = 8
 
 
-def fused_reasons(
-    *, device: torch.device, dtypes: set[torch.dtype], products: torch.dtype, shape: torch.Size
-) -> list[str]:
-    """Why no single kernel serves such an MLP; empty where one does.
+def fused_reasons(*, products: torch.dtype, shape: torch.Size) -> list[str]:
+    """Why no single kernel serves such an MLP, whose norm kernels take; empty where one does.
 
     Args:
-        dtypes: of the rows and the parameters.
         products: the dtype that the linear layers compute with.
         shape: (D, C), of the first linear layer's weight.
     """
     hidden, channels = shape
-    reasons = norms.unsupported_reasons(device=device, dtypes=dtypes, channels=channels)
+    reasons = []
     if products not in (torch.float16, torch.bfloat16):
         reasons.append(f"the one kernel multiplies in half precision, not in {products}")
     if channels not in CHANNELS:
-        channels_taken = f"{', '.join(map(str, CHANNELS[:-1]))} or {CHANNELS[-1]}"
-        reasons.append(f"the one kernel takes {channels_taken} channels, not {channels}")
+        taken = f"{', '.join(map(str, CHANNELS[:-1]))} or {CHANNELS[-1]}"
+        reasons.append(f"the one kernel takes {taken} channels, not {channels}")
     if hidden % HIDDEN_STEP:
         reasons.append(f"it takes hidden units in steps of {HIDDEN_STEP}, not {hidden}")
     return reasons
@@ -114,15 +111,13 @@ class _FusedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        gradients = _by_one_kernel if _one_kernel_goes_back(ctx) else _by_products
-        return *gradients(ctx, grad, *ctx.saved_tensors), None, None, None
-
-
-def _one_kernel_goes_back(ctx) -> bool:
-    """Whether a kernel serves the backward pass; where only x learns, products take less."""
-    _, _, _, fc1_weight, *_ = ctx.saved_tensors
-    _, _, _, needs_fc1, _, needs_fc2, *_ = ctx.needs_input_grad
-    return fc1_weight.shape[1] in BACKWARD_CHANNELS and needs_fc1 and needs_fc2
+        # once: checkpointing recomputes what it unpacks
+        saved = ctx.saved_tensors
+        _, _, _, needs_fc1, _, needs_fc2, *_ = ctx.needs_input_grad
+        # where only x learns, products take less than the kernel
+        by_kernel = saved[0].shape[-1] in BACKWARD_CHANNELS and needs_fc1 and needs_fc2
+        gradients = (_by_one_kernel if by_kernel else _by_products)(ctx, grad, *saved)
+        return *gradients, None, None, None
 
 
 def _by_one_kernel(

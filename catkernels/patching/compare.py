@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from catkernels.block import CATBlock
 from catkernels.modules import CPSA, IPSA
-from catkernels.parts import BlockParts, has_official_parts
+from catkernels.parts import BlockParts, MlpParts, has_mlp_parts, has_official_parts
 from catkernels.patching.twin import OF_EVERY_MODULE, Twins
 from catkernels.torch_state.hooks import global_hooks_set_aside
 from catkernels.torch_state.modes import plainly_on_cpu
@@ -60,6 +60,23 @@ def compare_with_ours(blocks: Iterable[nn.Module]) -> dict[nn.Module, Comparison
             of_kind[kind] = _compare(block)
         comparisons[block] = of_kind[kind]
     return comparisons
+
+
+def computes_with_its_parts(mlp: nn.Module) -> bool:
+    """Whether an MLP is its linear layers, activation and dropouts one after the other.
+
+    A twin of it is run where it has the parts of an official one, whose class says no more.
+    """
+    if not has_mlp_parts(mlp):
+        return False
+    try:
+        with plainly_on_cpu(), global_hooks_set_aside(), torch.no_grad():
+            twin, x = Twins(torch.Generator("cpu").manual_seed(0), stand_ins=False).of_mlp(mlp)
+            expected = MlpParts.of(twin)(x.clone())
+            return torch.allclose(twin(x), expected, rtol=LIMIT, atol=LIMIT)
+    except Exception:
+        # whatever it needs to be called with, it is called itself
+        return False
 
 
 def _compare(block: nn.Module) -> Comparison:

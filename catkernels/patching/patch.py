@@ -7,13 +7,14 @@ state_dict stay what they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from catkernels.arguments import Backend, check_backend
 from catkernels.block import CATBlock
-from catkernels.patching.compare import compare_with_ours
+from catkernels.parts import has_mlp_parts
+from catkernels.patching.compare import compare_with_ours, computes_with_its_parts
 from catkernels.patching.recognise import (
     always_checkpoints,
     is_sharded,
@@ -63,6 +64,7 @@ def patch(model: nn.Module, *, backend: Backend = "auto", compare: bool = True) 
         if comparison.reason:
             reasons[block] = [comparison.reason]
     swaps = {block: CATBlock.adopt(block) for block, why in reasons.items() if not why}
+    _trust_mlps(swaps.values(), compare)
     rows = []
     for name, block, _ in found:
         ours = block if isinstance(block, CATBlock) else swaps.get(block)
@@ -112,6 +114,19 @@ def unpatch(model: nn.Module) -> list[str]:
     for block in adopted.values():
         block.release()
     return list(adopted)
+
+
+def _trust_mlps(blocks: Iterable[CATBlock], compare: bool) -> None:
+    """Let blocks compute with the parts of their MLPs where those are all that there is to them."""
+    answers: dict[tuple[type[nn.Module], str], bool] = {}
+    for block in blocks:
+        # of a class and with an activation of this name
+        kind = type(block.mlp), repr(getattr(block.mlp, "act", None))
+        if kind not in answers:
+            trusted = computes_with_its_parts if compare else has_mlp_parts
+            answers[kind] = trusted(block.mlp)
+        if answers[kind] and has_mlp_parts(block.mlp):
+            block.trust_mlp()
 
 
 def _is_block(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from catkernels.arguments import Backend
 from catkernels.block import CATBlock
 from catkernels.ops import cpsa, ipsa
 from catkernels.parts import AttentionParts, BlockParts
+from catkernels.serving import unserved_parts
 
 # Columns of a printed report.
 WIDTH = 100
@@ -34,6 +35,8 @@ class BlockReport:
         reason: why it is not the kernels, or why the block was left alone.
         difference: the largest relative difference from ours when both were compared, or None where
             they were not.
+        kernels: those of "attention", "MLP" and "norms" that kernels serve.
+        others: why kernels serve some of these and not the others.
     """
 
     name: str
@@ -43,6 +46,8 @@ class BlockReport:
     backend: str
     reason: str
     difference: float | None = None
+    kernels: tuple[str, ...] = ()
+    others: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,9 @@ class PatchReport:
         return max((difference for difference in compared if difference is not None), default=None)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, ...], list[BlockReport]] = {}
+        groups: dict[tuple[object, ...], list[BlockReport]] = {}
         for row in self.blocks:
-            key = (row.kind, row.action, row.backend, row.reason)
+            key = (row.kind, row.action, row.backend, row.reason, row.kernels, row.others)
             groups.setdefault(key, []).append(row)
         lines = [line for rows in groups.values() for line in _group(rows)]
         lines.append(
@@ -106,8 +111,10 @@ def _group(rows: list[BlockReport]) -> Iterator[str]:
     served_by = {"own": "its own code"}.get(first.backend, first.backend)
     serving = "" if first.action == "left alone" else f", served by {served_by}"
     yield f"{len(rows)} block{'s'[: len(rows) > 1]}: {first.kind}, {first.action}{serving}"
-    if first.reason:
-        yield f"  {first.reason}"
+    if first.kernels:
+        yield f"  kernels serve: {', '.join(first.kernels)}"
+    for reason in filter(None, (first.reason, first.others)):
+        yield f"  {reason}"
     names: dict[str, list[str]] = {}
     for row in rows:
         names.setdefault(row.shape, []).append(row.name)
@@ -125,12 +132,36 @@ def report_block(
 ) -> BlockReport:
     """What is done with ``block``, in whose place ``ours`` stands or is to stand, or why none."""
     parts = BlockParts.of(block)
+    kernels, others = (), ""
     if ours is None:
         action, served_by, why = "left alone", "own", "; ".join(reasons)
     else:
         action = "already served" if ours is block else "swapped"
         served_by, why = _serving(ours, backend)
-    return BlockReport(name, action, parts.attn_type, _shape(parts), served_by, why, difference)
+        kernels, others = _serving_parts(ours, served_by, backend)
+    shape = _shape(parts)
+    return BlockReport(
+        name, action, parts.attn_type, shape, served_by, why, difference, kernels, others
+    )
+
+
+def _serving_parts(
+    block: CATBlock, served_by: str, backend: Backend
+) -> tuple[tuple[str, ...], str]:
+    """The parts of a block of ours that kernels serve, and why they do not serve the others."""
+    weight = next(block.norm2.parameters(), None)
+    if served_by == "raises" or weight is None:
+        return (), ""
+    trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
+    channels = BlockParts.of(block).channels or len(weight)
+    with torch.set_grad_enabled(trains):
+        x = weight.new_empty((1, 1, channels)).requires_grad_(trains)
+        parts = (block.norm1, block.norm2, block.read_mlp(), block.drop_path)
+        unserved = unserved_parts(*parts, x, backend)
+    kernels = ["attention"] if served_by == "triton" else []
+    kernels += [part for part in ("MLP", "norms") if not unserved[part]]
+    others = [f"{part}: {'; '.join(why)}" for part, why in unserved.items() if why]
+    return tuple(kernels), ". ".join(others) if kernels else ""
 
 
 def _serving(block: CATBlock, backend: Backend) -> tuple[str, str]:

@@ -62,6 +62,16 @@ class Twins:
             _add_a_half(twin.get_submodule("drop_path"))
         return twin.eval()
 
+    def of_mlp(self, mlp: Any) -> tuple[nn.Module, Tensor]:
+        """An MLP of the same class, and tokens (B, H*W, C) for it."""
+        twin = _bare_twin(mlp)
+        for name, child in mlp._modules.items():
+            twin._modules[name] = self._of_child(child)
+        hidden = getattr(mlp.fc1, "out_features", 8)
+        twin._modules["fc1"] = fc1 = self._linear(mlp.fc1, 8, hidden)
+        twin._modules["fc2"] = self._linear(mlp.fc2, hidden, fc1.in_features)
+        return twin.eval(), _random((2, 6, fc1.in_features), self.generator)
+
     def _of_attention(self, parts: BlockParts) -> nn.Module:
         """An attention of the same class, or a stand-in for one that is wrapped."""
         attn: Any = parts.attn

@@ -32,6 +32,11 @@ def is_intercepted(module: nn.Module) -> bool:
     return "forward" in vars(module) or is_compiled(module) or any(map(len, hooks))
 
 
+def has_global_hooks() -> bool:
+    """Whether somebody listens to the calls of all modules there are."""
+    return calls._has_any_global_hook()
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile()`` was called."""
     return module._compiled_call_impl is not None

@@ -1,0 +1,190 @@
+"""Which kernels serve what a block has beside its attention, and why none does.
+
+| part | what kernels do | where |
+|---|---|---|
+| MLP | norm, both layers, GELU, residual: `ops.mlp.fused_mlp` | half precision, C <= 192 |
+| MLP | GELU and its backward pass with fc1's bias, `split_mlp` | training, not compiled |
+| norms | the backward pass with the residual's gradient, `ops.norm` | training, not compiled |
+| norms | the cast to half precision | autocast |
+| residuals | DropPath's factor and the sum, `ops.linear` | where norms or MLP are served |
+
+Whatever is not as the official code has it, or is listened to, goes its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from catkernels.arguments import Backend
+from catkernels.modules import DropPath
+from catkernels.ops import mlp as mlps
+from catkernels.ops import norm as norms
+from catkernels.ops.operator import needs_grad
+from catkernels.parts import MlpParts, is_plain_linear
+from catkernels.torch_state import hooks, transforms
+from catkernels.torch_state.precision import autocast_is_on, compute_dtype
+from catkernels.torch_state.tensors import is_wrapper
+
+
+def call_reasons(x: Tensor, backend: Backend) -> list[str]:
+    """Why no kernel serves any part of a block, whatever it consists of."""
+    reasons = []
+    if backend == "reference":
+        reasons.append("asked for the reference")
+    if backend == "auto" and x.device.type == "cpu":
+        reasons.append("on a CPU the kernels are only interpreted")
+    if hooks.has_global_hooks():
+        reasons.append("a hook listens to all modules")
+    if transforms.is_tracing():
+        reasons.append("traced: a trace has PyTorch's own operations")
+    if transforms.is_transformed():
+        reasons.append("function transforms: a block's own operations are PyTorch's there")
+    if x.dtype not in (torch.float32, compute_dtype(x)):
+        reasons.append(f"x is {x.dtype}, the linear layers compute in {compute_dtype(x)}")
+    return reasons
+
+
+def norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
+    """Why no kernel serves a norm of ``x`` and the residual around it."""
+    reasons = _plain_norm_reasons(norm, x)
+    if torch.compiler.is_compiling():
+        reasons.append("compiled: a compiler joins a norm with what stands beside it by itself")
+    if not reasons and not (needs_grad(x, *norm.parameters()) or autocast_is_on(x.device)):
+        reasons.append("without a gradient PyTorch's norm takes one pass as well")
+    return reasons
+
+
+def mlp_together(
+    norm: nn.Module, mlp: MlpParts, drop_path: nn.Module, x: Tensor
+) -> Callable[..., Tensor] | None:
+    """What computes ``x + drop_path(mlp(norm(x)))`` by kernels, or None."""
+    if not fused_mlp_reasons(norm, mlp, drop_path, x):
+        return mlps.fused_mlp
+    return None if split_mlp_reasons(norm, mlp, drop_path, x) else mlps.split_mlp
+
+
+def fused_mlp_reasons(
+    norm: nn.Module, mlp: MlpParts | None, drop_path: nn.Module, x: Tensor
+) -> list[str]:
+    """Why not all of ``x + drop_path(mlp(norm(x)))`` is one kernel."""
+    reasons = _plain_norm_reasons(norm, x) + _plain_mlp_reasons(mlp, x)
+    reasons += drop_path_reasons(drop_path)
+    if reasons or mlp is None:
+        return reasons
+    return mlps.fused_reasons(products=compute_dtype(x), shape=mlp.fc1.weight.shape)
+
+
+def split_mlp_reasons(
+    norm: nn.Module, mlp: MlpParts | None, drop_path: nn.Module, x: Tensor
+) -> list[str]:
+    """Why no kernels join what stands between the MLP's products."""
+    reasons = norm_reasons(norm, x) + _plain_mlp_reasons(mlp, x) + drop_path_reasons(drop_path)
+    if not reasons and not needs_grad(x, *norm.parameters()):
+        reasons.append("without a gradient PyTorch's operations take no more passes")
+    return reasons
+
+
+def residual_reasons(drop_path: nn.Module) -> list[str]:
+    """Why a branch's factor and its sum with the input are no one pass."""
+    reasons = drop_path_reasons(drop_path)
+    if torch.compiler.is_compiling():
+        reasons.append("compiled: a compiler joins them by itself")
+    return reasons
+
+
+def unserved_parts(
+    norm1: nn.Module,
+    norm2: nn.Module,
+    mlp: MlpParts | None,
+    drop_path: nn.Module,
+    x: Tensor,
+    backend: Backend,
+) -> dict[str, list[str]]:
+    """Why kernels serve neither the norms nor the MLP of a block; no reason where they do."""
+    whole = call_reasons(x, backend)
+    if whole:
+        return {"norms": whole, "MLP": whole}
+    fused = fused_mlp_reasons(norm2, mlp, drop_path, x)
+    split = split_mlp_reasons(norm2, mlp, drop_path, x)
+    # the second norm is a part of an MLP that is served
+    norms_apart = [norm1] if not (fused and split) else [norm1, norm2]
+    of_norms = [reason for norm in norms_apart for reason in norm_reasons(norm, x)]
+    of_mlp = [*fused, *split] if fused and split else []
+    return {"norms": list(dict.fromkeys(of_norms)), "MLP": list(dict.fromkeys(of_mlp))}
+
+
+def drop_path_reasons(drop_path: nn.Module) -> list[str]:
+    """Why it is not known what factor ``drop_path`` multiplies an image's branch with."""
+    if type(drop_path) in (nn.Identity, DropPath) or _is_timm(drop_path):
+        return _interception_reasons({"drop_path": drop_path})
+    return [f"drop_path is a {type(drop_path).__name__}, which may drop in another way"]
+
+
+def drop_factor(drop_path: nn.Module, branch_dtype: torch.dtype, x: Tensor) -> Tensor | None:
+    """What a known ``drop_path`` multiplies each image's branch with, (B,); None where nothing.
+
+    It draws what it would draw for the branch itself.
+    """
+    if type(drop_path) is nn.Identity or not (drop_path.training and drop_path.drop_prob):
+        return None
+    ones = torch.ones((x.shape[0], 1, 1), dtype=branch_dtype, device=x.device)
+    return drop_path(ones).view(-1)
+
+
+def _plain_norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
+    """Why a norm is not just what kernels compute, and ``x`` what they take."""
+    if type(norm) is not nn.LayerNorm:
+        return [f"the norm is a {type(norm).__name__}, not an nn.LayerNorm"]
+    reasons = _interception_reasons({"the norm": norm})
+    if norm.normalized_shape != x.shape[-1:]:
+        reasons.append(f"the norm is over {norm.normalized_shape}, not over the channels")
+    if norm.weight is None:
+        reasons.append("the norm has no weights")
+    reasons += _parameter_reasons(norm.parameters(), x)
+    dtypes = {x.dtype, compute_dtype(x), *(p.dtype for p in norm.parameters())}
+    return reasons + norms.unsupported_reasons(device=x.device, dtypes=dtypes, channels=x.shape[-1])
+
+
+def _plain_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
+    """Why an MLP is not just what kernels compute."""
+    if mlp is None:
+        return ["the MLP is intercepted, or of a class whose call may do more than its parts"]
+    if not (is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)):
+        return ["fc1 or fc2 is no plain nn.Linear, or carries hooks or parametrisations"]
+    reasons = []
+    if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
+        reasons.append(f"the activation is {mlp.act}, not the exact GELU")
+    if any(type(drop) not in (nn.Dropout, nn.Identity) for drop in mlp.drops):
+        reasons.append("the MLP's dropout is none of PyTorch's")
+    if mlp.drops_values:
+        reasons.append("the MLP drops values in training")
+    first, second = mlp.drops
+    reasons += _interception_reasons({"act": mlp.act, "drop": first, "the last drop": second})
+    layers = (*mlp.fc1.parameters(), *mlp.fc2.parameters())
+    return reasons + _parameter_reasons(layers, x)
+
+
+def _interception_reasons(modules: dict[str, nn.Module]) -> list[str]:
+    return [
+        f"{name} carries hooks or a forward of its own"
+        for name, module in modules.items()
+        if hooks.is_intercepted(module)
+    ]
+
+
+def _parameter_reasons(parameters: Iterable[Tensor], x: Tensor) -> list[str]:
+    parameters = list(parameters)
+    if any(is_wrapper(parameter) for parameter in parameters):
+        return ["parameters are wrappers around other tensors"]
+    if any(p.dtype != x.dtype for p in parameters) and not autocast_is_on(x.device):
+        return ["parameters have another dtype than x, outside of autocast"]
+    return []
+
+
+def _is_timm(drop_path: nn.Module) -> bool:
+    """Whether it is timm's, which the official code takes; where timm is not, there is none."""
+    cls = type(drop_path)
+    return cls.__name__ == "DropPath" and cls.__module__.startswith("timm.")
