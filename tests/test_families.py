@@ -1,0 +1,44 @@
+"""The calls by which each family of kernels is checked, compiled ahead and timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from catkernels import families
+from catkernels.cat import VARIANTS
+
+EVERY = [*families.FAMILIES.items(), *families.INTERPRETED.items()]
+
+
+@pytest.mark.parametrize(("family", "cases"), EVERY, ids=[name for name, _ in EVERY])
+def test_every_call_has_a_name_of_its_own_and_is_one_that_kernels_serve(family, cases):
+    pytest.importorskip("triton")
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    for case in cases:
+        assert not case.unsupported_reasons(torch.device("cuda"), torch.float16, needs_grad=True)
+
+
+def test_of_float32_alone_nothing_is_mixed():
+    cases = families.FAMILIES["cpsa, map in float32"]
+    task = families.Task("mixed", cases, torch.float32, False, "cuda")
+    assert list(task.passes()) == []
+    assert len(families.compilations([task])) == 0
+
+
+def test_each_family_is_a_task_in_each_precision():
+    tasks = families.tasks("cuda", None, ("float16", "tf32"))
+    assert len(tasks) == len({str(task) for task in tasks}) == 2 * len(families.FAMILIES)
+    assert {(task.dtype, task.tf32) for task in tasks[1::2]} == {(torch.float32, True)}
+
+
+def test_all_stages_of_cat_small_are_among_them():
+    """At 224 x 224 pixels: maps of 56, 28, 14 and 7 pixels a side."""
+    sizes = {
+        (case.shape.height, case.shape.channels)
+        for cases in families.FAMILIES.values()
+        for case in cases
+    }
+    channels = VARIANTS["cat_small"]["embed_dim"]
+    assert {(56 >> stage, channels << stage) for stage in range(4)} <= sizes
