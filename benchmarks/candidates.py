@@ -22,6 +22,7 @@ NEIGHBOURS: dict[str, Callable[[object], tuple]] = {
     "block_c": lambda channels: (channels // 2, channels * 2) if channels > 1 else (2,),
     "ahead": lambda ahead: (not ahead,),
 }
+GROUP = 64  # tokens of a group, which is multiplied as one
 # What changes together: half the channels leave registers to fetch the next tile ahead.
 TOGETHER = (("block_c", "ahead"),)
 
@@ -85,9 +86,19 @@ def looked_up(task: Task) -> dict[str, object]:
 
 def candidates(table: str, shipped: object) -> list[Candidate]:
     """What the table ships first, then its neighbours, each once."""
-    neighbours = dict.fromkeys(_neighbours(shipped))
+    neighbours = dict.fromkeys(filter(_is_plausible, _neighbours(shipped)))
     neighbours.pop(shipped, None)
     return [Candidate(table), *(Candidate(table, launch) for launch in neighbours)]
+
+
+def _is_plausible(launch: object) -> bool:
+    """Whether map tiles hold whole groups of tokens, and one group where the next is fetched."""
+    if isinstance(launch, tuple):
+        return all(map(_is_plausible, launch))
+    if not hasattr(launch, "patches_high"):
+        return True
+    tokens = launch.block_c * launch.patches_high * launch.patches_low
+    return tokens == GROUP or (tokens > GROUP and not getattr(launch, "ahead", False))
 
 
 def _neighbours(launch) -> Iterator[object]:

@@ -40,6 +40,7 @@ from catkernels.pool import num_cores, run_apart
 
 TIME_LIMIT_S = 280
 STEP_LIMIT_S = 120
+CHECKED_BY = 0.6  # of the time: a self-check that hangs must leave some to the figures
 ROUNDS = 10
 LAUNCHES = 200
 ATTENTIONS = {"ipsa": IPSA, "cpsa": CPSA}
@@ -258,8 +259,9 @@ def main() -> int:
         target = current_target()
         print(f"triton_key {prebuild.triton_key()}", flush=True)
         _compile(record, target)
-    _check(record, arguments.trial)
-    left = _run(record, steps(target, arguments.trial), start + arguments.time_limit)
+    end = start + arguments.time_limit
+    left = _check(record, arguments.trial, start + CHECKED_BY * arguments.time_limit)
+    left += _run(record, steps(target, arguments.trial), end)
     if left:
         print(f"out of time, run again to go on with: {'; '.join(left)}")
     failed = {line["key"] for line in record.lines[1:] if not record.holds(line["key"])}
@@ -279,8 +281,8 @@ def _compile(record: Record, target: object) -> None:
     record.add("compile", [{"failures": failures}], None, time.monotonic() - start)
 
 
-def _check(record: Record, trial: bool) -> None:
-    """The self-check of families that have not been found right yet."""
+def _check(record: Record, trial: bool, end: float) -> list[str]:
+    """The self-check of families not found right yet, until time is up; returns what is left."""
     environment = {"TRITON_INTERPRET": "1"} if trial else None
     if trial:
         tasks = families.interpreted_tasks()
@@ -291,10 +293,13 @@ def _check(record: Record, trial: bool) -> None:
         tasks = families.tasks(DEVICE.type, current_target(), precisions)
     waiting = [task for task in tasks if not record.holds(f"check {task}")]
     workers = min(check.RUNNING, num_cores())
-    for row in check.judged_rows(waiting, workers=workers, environment=environment):
+    left = [f"check {task}" for task in waiting]
+    for row in check.judged_rows(waiting, workers=workers, until=end, environment=environment):
+        left.remove(f"check {row.name}")
         fine = row.verdict in ("right", "not served")
         failure = None if fine else f"{row.verdict}: {row.detail}"
         record.add(f"check {row.name}", [asdict(row)], failure, row.seconds)
+    return left
 
 
 def _run(record: Record, steps: Iterator[Step], end: float) -> list[str]:

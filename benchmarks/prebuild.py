@@ -30,14 +30,18 @@ from catkernels.pool import num_cores, run_apart
 
 # Images of a compiled call: those of a large batch take the same kernels.
 IMAGES = 16
-# What a table's candidates are limited to where time is short: (table, field) -> values, for the
-# numbers of patches where the prediction is not sure.
-OPEN = {
-    ("ipsa", "num_stages"): (1, 2, 3),
-    ("cpsa", "block_c"): (4, 8),
-    ("cpsa", "ahead"): (False, True),
+# The candidates that are timed first: what the predictions leave open, as values of fields by
+# attention, pass and stage of CAT-S.
+STAGES = {"num_stages": (1, 2, 3)}
+OPEN: dict[tuple[str, str, int], dict[str, tuple]] = {
+    **{
+        ("ipsa", direction, k): STAGES for direction in ("forward", "backward") for k in range(1, 5)
+    },
+    # 64 patches of 4 channels: half the shared memory, twice the sectors of L2
+    ("cpsa", "forward", 1): {"block_c": (4,)},
+    # 16 patches of 4 channels, the next tile fetched ahead
+    ("cpsa", "backward", 2): {"block_c": (4,), "ahead": (True,)},
 }
-
 
 # What is repeated for the same bits, as large as a device is full: 32 images.
 REPEATED = (
@@ -84,16 +88,17 @@ def open_candidates(attention: str, direction: str, stage: int, target: object) 
     found = []
     for table, shipped in tables.items():
         first, *others = candidates(table, shipped)
-        found += [first, *(c for c in others if _is_open(attention, shipped, c.launch))]
+        values = OPEN.get((attention, direction, stage), {})
+        found += [first, *(other for other in others if _is_open(values, shipped, other.launch))]
     return found
 
 
-def _is_open(attention: str, shipped: object, launch: object) -> bool:
+def _is_open(values: dict[str, tuple], shipped: object, launch: object) -> bool:
     """Whether only fields differ that are open, and in open values."""
     if isinstance(launch, tuple):
-        return all(_is_open(attention, *pair) for pair in zip(shipped, launch, strict=True))
+        return all(_is_open(values, *pair) for pair in zip(shipped, launch, strict=True))
     changed = {name: value for name, value in vars(launch).items() if vars(shipped)[name] != value}
-    return all(value in OPEN.get((attention, name), ()) for name, value in changed.items())
+    return all(value in values.get(name, ()) for name, value in changed.items())
 
 
 def other_stages(case, dtype: torch.dtype, target: object) -> list[Candidate]:
@@ -176,6 +181,8 @@ def main() -> int:
     failures = compile_all(GPUTarget("cuda", arguments.arch, 32), arguments.processes, environment)
     for failure in failures:
         print(failure)
+    for path in arguments.folder.rglob("*.source"):
+        path.unlink()  # a third of the size, and nothing reads it
     (arguments.folder / "KEY").write_text(triton_key() + "\n")
     kernels = list(arguments.folder.rglob("*.cubin"))
     size = sum(path.stat().st_size for path in arguments.folder.rglob("*") if path.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -69,16 +70,13 @@ def make_ipsa_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """``qkv``, ``bias_table`` (in ``table_dtype``) and ``qkv_bias`` for `ipsa_attention`."""
-    generator = torch.Generator(device).manual_seed(seed)
+    normal = _normal(device, seed)
     sizes = {
         "qkv": (shape.batch, shape.height, shape.width, 3 * shape.channels),
         "bias_table": ((2 * shape.patch_size - 1) ** 2, shape.num_heads),
         "qkv_bias": (3 * shape.channels,),
     }
-    inputs = {
-        name: torch.randn(size, generator=generator, device=device).to(dtype)
-        for name, size in sizes.items()
-    }
+    inputs = {name: normal(size).to(device, dtype) for name, size in sizes.items()}
     inputs["bias_table"] = inputs["bias_table"].to(table_dtype or dtype)
     return inputs
 
@@ -92,12 +90,12 @@ def make_cpsa_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """``x`` and the four weights (std 1/N by default) for `cpsa_attention`."""
-    generator = torch.Generator(device).manual_seed(seed)
+    drawn = _normal(device, seed)
     tokens = shape.patch_size**2
     std = 1 / shape.patch_size if weight_std is None else weight_std
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return (torch.randn(size, generator=generator, device=device) * std).to(dtype)
+        return (drawn(size) * std).to(device, dtype)
 
     return {
         "x": normal(shape.batch, shape.height, shape.width, shape.channels),
@@ -270,8 +268,14 @@ def results(
 
 def random_grad(shape: Shape, like: Tensor, seed: int = 0) -> Tensor:
     """A gradient of a call's output, in the dtype and on the device of ``like``."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.randn(shape.size, generator=generator, device=like.device).to(like)
+    return _normal(like.device, seed)(shape.size).to(like)
+
+
+def _normal(device: torch.device | str, seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+    """Of a size, normal numbers in float32, drawn on the device itself where it can draw any."""
+    place = "cpu" if torch.device(device).type == "meta" else device
+    generator = torch.Generator(place).manual_seed(seed)
+    return functools.partial(torch.randn, generator=generator, device=place)
 
 
 def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -64,7 +64,8 @@ def run_apart(
         function: of one argument, a task; importable, as the tasks and results must be picklable.
         workers: processes at a time.
         timeout_s: a task that takes longer is ended, with its process.
-        until: when, by `time.monotonic`, no further task is begun; those left have no outcome.
+        until: when, by `time.monotonic`, time is up: a task that is running fails, and those that
+            have not begun have no outcome.
         environment: variables that the processes have beside this one's.
     """
     waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
@@ -72,7 +73,8 @@ def run_apart(
     for task in tasks:
         waiting.put(task)
     outcomes: queue.SimpleQueue[Outcome[Task, Result] | None] = queue.SimpleQueue()
-    arguments = (function, waiting, outcomes, timeout_s, until, environment or {})
+    running: set[_Process] = set()
+    arguments = (function, waiting, outcomes, running, timeout_s, until, environment or {})
     threads = [
         threading.Thread(target=_serve_tasks, args=arguments, daemon=True)
         for _ in range(min(workers, len(tasks)))
@@ -88,10 +90,12 @@ def run_apart(
             else:
                 yield outcome
     finally:
-        # where the caller has had enough, what has not begun does not begin
+        # where the caller has had enough, nothing more begins, and what runs is ended
         with contextlib.suppress(queue.Empty):
             while True:
                 waiting.get_nowait()
+        for process in tuple(running):
+            process.process.kill()
         for thread in threads:
             thread.join()
 
@@ -100,6 +104,7 @@ def _serve_tasks(
     function: Callable[[Task], Result],
     waiting: queue.SimpleQueue[Task],
     outcomes: queue.SimpleQueue[Outcome[Task, Result] | None],
+    running: set[_Process],
     timeout_s: float,
     until: float,
     environment: dict[str, str],
@@ -111,14 +116,17 @@ def _serve_tasks(
             task = waiting.get_nowait()
             if process is None:
                 process = _Process(function, environment)
-            outcome = process.serve(task, timeout_s)
+                running.add(process)
+            outcome = process.serve(task, timeout_s, until)
             if outcome.failure:
                 process.end()
+                running.discard(process)
                 process = None
             outcomes.put(outcome)
-    outcomes.put(None)
     if process is not None:
         process.end()
+        running.discard(process)
+    outcomes.put(None)
 
 
 class _Process:
@@ -141,7 +149,7 @@ class _Process:
         other_end.close()
         self.starting = True
 
-    def serve(self, task: Any, timeout_s: float) -> Outcome[Any, Any]:
+    def serve(self, task: Any, timeout_s: float, until: float) -> Outcome[Any, Any]:
         start = time.monotonic()
         try:
             if self.starting:
@@ -150,8 +158,9 @@ class _Process:
                 self.starting = False
             start = time.monotonic()
             self.connection.send(task)
-            if not self.connection.poll(timeout_s):
-                return Outcome(task, None, f"not done after {timeout_s:g} s", timeout_s)
+            left_s = max(0.0, min(timeout_s, until - start))
+            if not self.connection.poll(left_s):
+                return Outcome(task, None, f"not done after {left_s:.0f} s", left_s)
             result, failure, seconds = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(timeout=10)

@@ -328,6 +328,8 @@ class Launch:
 class TileLaunch(Launch):
     block_c: int
     ahead: bool
+    patches_high: int = 1
+    patches_low: int = 16
 
 
 def test_candidates_are_the_launch_with_a_plausible_change():
@@ -336,6 +338,8 @@ def test_candidates_are_the_launch_with_a_plausible_change():
     assert [other.launch for other in others] == [Launch(4, 1), Launch(4, 2), Launch(8, 3)]
     _, *others = (other.launch for other in candidates("a table", TileLaunch(4, 1, 8, False)))
     assert {TileLaunch(4, 1, 4, False), TileLaunch(4, 1, 4, True)} < set(others)
+    # half a group is none, and the next tile is fetched where a tile is one group
+    assert not {TileLaunch(4, 1, 2, False), TileLaunch(4, 1, 8, True)} & set(others)
     # of several passes, all change alike
     _, *others = candidates("a table", (Launch(4, 1), Launch(8, 1)))
     assert (Launch(4, 3), Launch(8, 3)) in [other.launch for other in others]

@@ -33,3 +33,18 @@ def test_a_task_that_fails_takes_no_other_along():
 
 def test_no_task_is_begun_when_time_is_up():
     assert list(run_apart(do, ["one"], workers=1, until=time.monotonic() - 1)) == []
+
+
+def test_who_has_had_enough_waits_for_nothing():
+    start = time.monotonic()
+    for outcome in run_apart(do, ["one", "hang"], workers=1):
+        assert outcome.task == "one"
+        break
+    assert time.monotonic() - start < 50
+
+
+def test_a_task_is_ended_when_time_is_up():
+    until = time.monotonic() + 1
+    hung, *rest = run_apart(do, ["hang", "one"], workers=1, until=until)
+    assert "not done after" in hung.failure
+    assert not rest

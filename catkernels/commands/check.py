@@ -135,10 +135,16 @@ def device_rows(device: torch.device, precisions: tuple[str, ...] = PRECISIONS) 
 
 
 def judged_rows(
-    tasks: list[Task], *, workers: int, environment: dict[str, str] | None = None
+    tasks: list[Task],
+    *,
+    workers: int,
+    until: float = math.inf,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Row]:
-    """Run and judge families, each in a process that it may break."""
-    outcomes = run_apart(judge, tasks, workers=workers, timeout_s=120, environment=environment)
+    """Run and judge families, each in a process that it may break; see `run_apart`."""
+    outcomes = run_apart(
+        judge, tasks, workers=workers, timeout_s=120, until=until, environment=environment
+    )
     for outcome in outcomes:
         if outcome.result is None:
             failure = outcome.failure or "it gave nothing"
