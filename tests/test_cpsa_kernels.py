@@ -189,6 +189,29 @@ def test_any_chunking_gives_the_same_bits(shape, architecture, monkeypatch):
     assert torch.equal(dx, first[1])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("shape", [(14, 14, 17), (63, 70, 1)], ids=["map", "flash"])
+def test_what_is_not_finite_stays_in_its_image(shape, value, monkeypatch):
+    # in one program, whose tiles of both images come one after the other
+    launch_as_on("sm_90", monkeypatch)
+    monkeypatch.setattr("catkernels.kernels.cpsa.backward.PROGRAMS", 1)
+    inputs = make_inputs(cpsa_shape(*shape, batch=2), FP16)
+    grad = make_grad(inputs, FP16)
+
+    def run(attention):
+        return with_gradients(attention, inputs, grad, FP16, patch_size=7)
+
+    clean, _ = run(kernels(dtype=FP16))[:2], inputs["x"][0, 3, 5, 0].fill_(value)
+    results = run(kernels(dtype=FP16))
+    for actual, expected in zip(results, clean, strict=False):
+        assert torch.equal(actual[1], expected[1])
+    # what the reference's sums over all images are, these are
+    for name, actual, expected in zip(
+        NAMES[2:], results[2:], run(reference.cpsa_attention)[2:], strict=True
+    ):
+        assert actual.isfinite().all() == expected.isfinite().all(), name
+
+
 @pytest.mark.full
 def test_more_sequences_than_a_grid_axis_holds():
     inputs = make_inputs(cpsa_shape(1, 1, 768, patch_size=1, batch=128), FP16)

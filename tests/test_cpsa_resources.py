@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from unittest import mock
 
 import pytest
@@ -53,24 +53,32 @@ class Configuration:
     single: bool = False  # one channel of one image: every argument that can be 1 is
     pixel: bool = False  # maps of 1 x 1
     wide: bool = False  # offsets of 64 bits
+    two_stages: bool = False  # a planted fault: as no launch ships
+    batch: int = 64
 
     def __str__(self) -> str:
         flags = ("autocast", "padded", "dropout", "least_dropout", "single", "pixel", "wide")
+        flags += ("two_stages",)
         words = [self.target, f"P{self.num_patches}", self.precision]
-        return "-".join(words + [flag for flag in flags if getattr(self, flag)])
+        words += [flag for flag in flags if getattr(self, flag)]
+        return "-".join(words if self.batch == 64 else [*words, f"batch{self.batch}"])
 
     def compile(self) -> list[dict]:
-        """What the kernels of the attention itself need."""
+        """What the kernels of the attention itself need; of another batch, all kernels."""
         from catkernels.kernels.cpsa.backward import cpsa_backward
         from catkernels.kernels.cpsa.forward import cpsa_forward
-        from catkernels.kernels.cpsa.launch import Problem
+        from catkernels.kernels.cpsa.launch import FlashLaunch, Problem
+        from catkernels.kernels.launch import overriding
+
+        def two_stages(table, problem, launch):
+            return replace(launch, num_stages=2) if isinstance(launch, FlashLaunch) else launch
 
         def meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(size, dtype=dtype, device="meta")
 
         dtype, torch.backends.cuda.matmul.fp32_precision = PRECISIONS[self.precision]
         rows, columns, channels = SIZES[self.num_patches]
-        batch, channels = (1, 1) if self.single else (64, channels)
+        batch, channels = (1, 1) if self.single else (self.batch, channels)
         height, width = (7 * side - self.padded for side in (rows, columns))
         size = (batch, *((1, 1) if self.pixel else (height, width)), channels)
         x = meta(*size, dtype=torch.float32 if self.autocast else dtype)
@@ -84,6 +92,8 @@ class Configuration:
         with ExitStack() as stack:
             if self.wide:
                 stack.enter_context(mock.patch.object(Problem, "wide", True))
+            if self.two_stages:
+                stack.enter_context(overriding(two_stages))
             compiled = stack.enter_context(compiling_for(self.target))
             out = meta(*size, dtype=dtype)
             cpsa_forward(x, folded, bias, seed, out, 7, dropout_p)
@@ -91,6 +101,8 @@ class Configuration:
                 grads = (torch.empty_like(t) for t in (x, folded, bias))
                 cpsa_backward(out, x, folded, seed, *grads, 7, dropout_p)
         helpers = ("cpsa_prepare_weights_kernel", "cpsa_sum_partials_kernel")
+        if self.batch != 64:
+            helpers = ()
         return [asdict(k.resources()) for k in compiled if k.kernel not in helpers]
 
 
@@ -134,6 +146,16 @@ SAMPLE = [
     Configuration("gfx942", 1),
     Configuration("sm_90", 1, single=True),
 ]
+# each a first call, if anything of a batch took part in what is compiled
+BATCHES = [
+    Configuration("sm_90", num_patches, batch=batch)
+    for num_patches in (4, 361)
+    for batch in (1, 2, 3, 16, 200, 256)
+]
+TWO_STAGES = Configuration("sm_90", 361, two_stages=True)
+COMPILABLE = SHIPPED | {
+    str(configuration): configuration for configuration in [*BATCHES, TWO_STAGES]
+}
 
 
 def check(configuration: Configuration, kernels: list[dict]) -> None:
@@ -145,6 +167,8 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
     for kernel in kernels:
         message = f"{configuration}: {kernel}"
         name = kernel["kernel"]
+        if name == "cpsa_flash_forward_kernel" and half and target == "sm_90":
+            check_fetches_ahead(kernel)
         backward = "backward" in name
         assert kernel["shared_bytes"] <= min(TARGETS[target][-1], 99 * 1024), message
         # a kernel that compiled to a trap has a handful of instructions
@@ -179,6 +203,11 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         assert narrow or "map" not in name or "store64" not in access, message
 
 
+def check_fetches_ahead(forward: dict) -> None:
+    """While keys are multiplied, copies of the next are under way: asked for, not waited for."""
+    assert forward["copies_in_flight"] > 0, "forward waits for its copies"
+
+
 def stack_limit(configuration: Configuration, kernel: str) -> int:
     """Bytes of stack that half precision may take without dropout."""
     target = configuration.target
@@ -193,9 +222,39 @@ def stack_limit(configuration: Configuration, kernel: str) -> int:
     return 448 if configuration.padded else 288 if configuration.num_patches < 64 else 144
 
 
-def test_bars():
-    for configuration, kernels in compiled(__file__, SHIPPED, SAMPLE).items():
-        check(configuration, kernels)
+@pytest.fixture(scope="module")
+def sampled() -> dict[Configuration, list[dict]]:
+    return compiled(__file__, COMPILABLE, [*SAMPLE, TWO_STAGES, *BATCHES])
+
+
+@pytest.mark.parametrize("configuration", SAMPLE, ids=str)
+def test_bars(configuration, sampled):
+    check(configuration, sampled[configuration])
+
+
+def test_two_stages_fetch_nothing_ahead(sampled):
+    """A fault planted to be found: with it every block of keys waits for its own copies."""
+    forward = next(k for k in sampled[TWO_STAGES] if k["kernel"] == "cpsa_flash_forward_kernel")
+    with pytest.raises(AssertionError, match="forward waits"):
+        check_fetches_ahead(forward)
+
+
+def test_compiles_once_for_any_batch(sampled):
+    kernels = [kernel for batch in BATCHES for kernel in sampled[batch]]
+    compilations = {kernel["kernel"]: set() for kernel in kernels}
+    for kernel in kernels:
+        compilations[kernel["kernel"]].add(kernel["hash"])
+    assert {name: len(hashes) for name, hashes in compilations.items()} == {
+        "cpsa_prepare_weights_kernel": 2,  # with the bias and without
+        "cpsa_map_forward_kernel": 1,
+        "cpsa_map_backward_kernel": 1,
+        "cpsa_copy_tokens_kernel": 2,  # to tokens and back
+        "cpsa_flash_forward_kernel": 1,
+        "cpsa_flash_query_backward_kernel": 1,
+        "cpsa_flash_key_backward_kernel": 1,
+        "cpsa_flash_weights_backward_kernel": 1,
+        "cpsa_sum_partials_kernel": 2,  # of either way
+    }
 
 
 @pytest.mark.full
@@ -208,4 +267,4 @@ def test_bars_of_everything_shipped():
 
 
 if __name__ == "__main__":
-    main(NAME, __file__, SHIPPED)
+    main(NAME, __file__, SHIPPED, COMPILABLE)

@@ -65,6 +65,8 @@ def cpsa_attention(
 ) -> Tensor:
     """`catkernels.reference.cpsa_attention` by kernels, with arguments that were checked.
 
+    What is not finite stays in its image; from 2 to 64 patches it may reach other channels there.
+
     Args:
         x: map (B, H, W, C) with any strides; in float32 it is rounded to ``dtype`` as it is read.
         dtype: what the kernels compute with and return.

@@ -85,7 +85,7 @@ def to_groups(tile, GROUPS: tl.constexpr, PATCHES_HIGH: tl.constexpr, PATCHES_LO
     bits = tl.reshape(tl.permute(bits, (4, 0, 2, 5, 3, 1)), (GROUPS, ROWS, PIXELS))
     groups = (_group(bits, 0, tile.dtype),)
     for group in tl.static_range(1, GROUPS):
-        groups = groups + (_group(bits, group, tile.dtype),)  # noqa: RUF005 (Triton knows no star)
+        groups += (_group(bits, group, tile.dtype),)
     return groups
 
 
