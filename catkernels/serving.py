@@ -52,8 +52,8 @@ def norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
     reasons = _plain_norm_reasons(norm, x)
     if torch.compiler.is_compiling():
         reasons.append("compiled: a compiler joins a norm with what stands beside it by itself")
-    if not reasons and not (needs_grad(x, *norm.parameters()) or autocast_is_on(x.device)):
-        reasons.append("without a gradient PyTorch's norm takes one pass as well")
+    if not (reasons or _trains(norm, x) or autocast_is_on(x.device)):
+        reasons.append("in inference PyTorch's norm takes one pass as well")
     return reasons
 
 
@@ -82,8 +82,8 @@ def split_mlp_reasons(
 ) -> list[str]:
     """Why no kernels join what stands between the MLP's products."""
     reasons = norm_reasons(norm, x) + _plain_mlp_reasons(mlp, x) + drop_path_reasons(drop_path)
-    if not reasons and not needs_grad(x, *norm.parameters()):
-        reasons.append("without a gradient PyTorch's operations take no more passes")
+    if not (reasons or _trains(norm, x)):
+        reasons.append("in inference PyTorch's operations take no more passes")
     return reasons
 
 
@@ -165,6 +165,14 @@ def _plain_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
     reasons += _interception_reasons({"act": mlp.act, "drop": first, "the last drop": second})
     layers = (*mlp.fc1.parameters(), *mlp.fc2.parameters())
     return reasons + _parameter_reasons(layers, x)
+
+
+def _trains(norm: nn.Module, x: Tensor) -> bool:
+    """Whether there is a backward pass, or will be one.
+
+    What is checkpointed is computed without gradients first, and then with them, to the same bits.
+    """
+    return norm.training or needs_grad(x, *norm.parameters())
 
 
 def _interception_reasons(modules: dict[str, nn.Module]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -36,7 +37,13 @@ BFLOAT16 = Mode("bfloat16", torch.bfloat16)
 FLOAT16 = Mode("float16", torch.float16)
 AUTOCAST = Mode("autocast", torch.float32, torch.bfloat16)
 AUTOCAST_FLOAT16 = Mode("autocast-float16", torch.float32, torch.float16)
-MODES = [FLOAT32, BFLOAT16, FLOAT16, AUTOCAST, AUTOCAST_FLOAT16]
+MODES = [FLOAT32, BFLOAT16, AUTOCAST]
+MORE_MODES = [FLOAT16, AUTOCAST_FLOAT16]
+
+
+def sampled(plain: list, more: list) -> list:
+    """Parameters of a test: those of a plain run, and more of them for a full one."""
+    return [*plain, *(pytest.param(value, marks=pytest.mark.full) for value in more)]
 
 
 def half_block(channels: int, hidden: int = 0, seed: int = 0) -> nn.ModuleDict:

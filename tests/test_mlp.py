@@ -10,10 +10,12 @@ from dense_cases import (
     FLOAT16,
     FLOAT32,
     MODES,
+    MORE_MODES,
     assert_right,
     half_block,
     results,
     rows,
+    sampled,
 )
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16")
 # The first image's branch is dropped.
 FACTORS = torch.tensor([0.0, 1.25, 1.25])
 # Rows that fill no tile, and of several images.
-SHAPES = [(3, 50, 32), (3, 45, 64), (3, 5, 9, 96), (3, 30, 128), (3, 23, 192)]
+SHAPES = [(3, 25, 32), (3, 5, 5, 96)]
+MORE_SHAPES = [(3, 45, 64), (3, 30, 128), (3, 23, 192)]
 CALLS = {"one kernel": fused_mlp, "between products": split_mlp}
 
 
@@ -57,8 +60,8 @@ def assert_mlp_is_right(call, modules, x, mode, dropped=True):
     assert_right(ours(call, dropped), official(dropped), modules, x, mode)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
+@pytest.mark.parametrize("shape", sampled(SHAPES, MORE_SHAPES), ids=str)
 def test_one_kernel(shape, mode, device, launches, poisoned_memory):
     assert_mlp_is_right(fused_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
     assert launches["mlp_forward_kernel"] == 1
@@ -66,7 +69,7 @@ def test_one_kernel(shape, mode, device, launches, poisoned_memory):
 
 
 @pytest.mark.parametrize("mode", [BFLOAT16, AUTOCAST], ids=str)
-@pytest.mark.parametrize("shape", [(3, 45, 64), (3, 50, 96)], ids=str)
+@pytest.mark.parametrize("shape", sampled([(3, 25, 96)], [(3, 45, 64)]), ids=str)
 def test_resident_weights(shape, mode, device, launches, poisoned_memory):
     """Two programs with several tiles each, as some GPUs launch it."""
     resident = MlpLaunch(4, 1, rows=32, units=64, resident_programs=2)
@@ -79,8 +82,8 @@ def test_resident_weights(shape, mode, device, launches, poisoned_memory):
     assert launches["mlp_resident_kernel"] == 1
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 50, 32), (3, 5, 9, 96), (3, 7, 384)], ids=str)
+@pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
+@pytest.mark.parametrize("shape", sampled([(3, 7, 96)], [(3, 50, 32), (3, 7, 384)]), ids=str)
 def test_between_products(shape, mode, device, launches, poisoned_memory):
     assert_mlp_is_right(split_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
     assert launches["bias_gelu_backward_kernel"] == 1
@@ -146,7 +149,7 @@ def test_nothing_is_kept_where_nothing_learns(call, device, launches):
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_results_are_the_same_bits_from_run_to_run(call, device, launches):
-    modules, x = half_block(32).to(device), rows(3, 100, 32).to(device)
+    modules, x = half_block(32).to(device), rows(3, 45, 32).to(device)
     first, second = (results(ours(call), modules, x, AUTOCAST) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 

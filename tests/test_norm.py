@@ -6,14 +6,14 @@ import pytest
 import torch
 from dense_cases import (
     AUTOCAST,
-    AUTOCAST_FLOAT16,
-    BFLOAT16,
-    FLOAT16,
     FLOAT32,
+    MODES,
+    MORE_MODES,
     assert_right,
     half_block,
     results,
     rows,
+    sampled,
 )
 from torch import nn
 
@@ -22,9 +22,9 @@ from catkernels.torch_state.precision import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16")
 
-# The last does not fill a tile, nor does any other; the second has several tiles.
-SHAPES = [(3, 7, 7, 32), (2, 200, 40), (1, 50, 64), (2, 45, 96), (70, 128), (1, 33, 192), (9, 384)]
-MODES = [FLOAT32, BFLOAT16, FLOAT16, AUTOCAST]
+# None fills its tiles; the second has several of them.
+SHAPES = [(3, 7, 7, 32), (2, 200, 40), (2, 45, 96), (9, 384)]
+MORE_SHAPES = [(1, 50, 64), (70, 128), (1, 33, 192), (5, 768), (3, 1024)]
 
 
 def norm(modules, x):
@@ -50,14 +50,14 @@ def official_projection(modules, x):
     return modules["fc1"](modules["norm"](x)), 2 * x
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
+@pytest.mark.parametrize("shape", sampled(SHAPES, MORE_SHAPES), ids=str)
 def test_norm(shape, mode, device, launches, poisoned_memory):
     assert_right(norm, official_norm, half_block(shape[-1]), rows(*shape).to(device), mode)
 
 
-@pytest.mark.parametrize("mode", [*MODES, AUTOCAST_FLOAT16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
+@pytest.mark.parametrize("shape", sampled(SHAPES[:1], SHAPES[1:]), ids=str)
 def test_norm_and_linear_layer(shape, mode, device, launches, poisoned_memory):
     modules = half_block(shape[-1], hidden=24)
     assert_right(projection, official_projection, modules, rows(*shape).to(device), mode)
@@ -117,7 +117,7 @@ def test_nothing_is_kept_where_nothing_learns(call, device, launches):
 
 @pytest.mark.parametrize("call", [norm, projection])
 def test_results_are_the_same_bits_from_run_to_run(call, device, launches):
-    modules, x = half_block(64).to(device), rows(3, 500, 64).to(device)
+    modules, x = half_block(64).to(device), rows(3, 100, 64).to(device)
     first, second = (results(call, modules, x, AUTOCAST) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
