@@ -153,8 +153,9 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         check_fetches_ahead(configuration, forward, backward)
     if bits == 16 and configuration.head_dim == 32 and configuration.patch_size in (7, 8):
         both = configuration.padded and configuration.dropout
-        # Triton 3.6 has 2 or 3 registers too few for dropout
-        short = both or (configuration.dropout and triton_version() < (3, 8))
+        # Triton 3.6 has 2 or 3 registers too few for dropout, and for 8 x 8 pixels on Blackwell
+        tight = configuration.dropout or (target == "sm_100" and configuration.patch_size == 8)
+        short = both or (tight and triton_version() < (3, 8))
         assert forward["spills"] == 0, configuration
         assert backward["spills"] == 0 or short, (configuration, backward)
         if target == "sm_90":
