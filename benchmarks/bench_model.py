@@ -31,11 +31,20 @@ DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
 JUDGED_IMAGES = 2
 TRIAL = {"embed_dim": 32, "depths": (1,), "num_heads": (1,)}
 
+
+def patched(**options) -> nn.Module:
+    """The official model, patched."""
+    model = official.CAT(**options)
+    catkernels.patch(model)
+    return model
+
+
 PROVIDERS: dict[str, Callable[..., nn.Module]] = {
     "official": official.CAT,
     "official, checkpointed": functools.partial(official.CAT, checkpoint_always=True),
     "compiled": lambda **options: harness.compiled(official.CAT(**options)),
     "catkernels": catkernels.CAT,
+    "patched": patched,
     "catkernels, compiled": lambda **options: harness.compiled(catkernels.CAT(**options)),
 }
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.first OUT.jsonl [--trial] [--time-limit SECONDS]
 
-In this order, so that what is cut off is what matters least: the device's ceilings; every kernel
-compiled in a pool; the self-check against float64; bits over 200 launches, and of one stage against
+In this order, so that what is cut off is what matters least: every kernel compiled in a pool; the
+self-check against float64; the device's ceilings; bits over 200 launches, and of one stage against
 several; both attentions at every stage of CAT-S, with the launches that a prediction left open; the
 whole model; one image, with and without a CUDA graph; peers that have to be compiled.
 
@@ -101,7 +101,8 @@ def _model_steps(trial: bool) -> Iterator[Step]:
     model, batch = ("trial", 2) if trial else ("cat_small", 128)
     for mode, images in (("inference", batch), ("training", batch), ("latency", 1), ("replay", 1)):
         case = bench_model.Case(model, mode, images)
-        yield Step(f"{case} catkernels", functools.partial(time_model, case))
+        for provider in ("catkernels", "patched")[: 2 if images > 1 else 1]:
+            yield Step(f"{case} {provider}", functools.partial(time_model, case, provider))
 
 
 def measure_ceilings() -> list[dict]:
@@ -158,13 +159,13 @@ def time_attention(
     return [row]
 
 
-def time_model(case: bench_model.Case) -> list[dict]:
-    """A row of the whole model, official and ours."""
+def time_model(case: bench_model.Case, provider: str) -> list[dict]:
+    """A row of the whole model, the official one and ours, or the official one patched."""
     clock = time.perf_counter if case.mode == "latency" else harness.CLOCK
     stopwatch = harness.Stopwatch(clock)
     capture = case.mode == "replay"
     with harness.own_stream():
-        bench_model.race(stopwatch, case, "catkernels", capture=capture, clock=clock)
+        bench_model.race(stopwatch, case, provider, capture=capture, clock=clock)
     return [stopwatch.extra_info]
 
 
