@@ -21,8 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 import catkernels
-from benchmarks import machine
-from catkernels import official
+from catkernels import machine, official
 from catkernels.commands.train import DIGITS_RECIPE
 from catkernels.digits import DIGITS
 from catkernels.reference import ceil_div

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -146,6 +147,15 @@ def test_inference_on_a_cpu_is_what_users_get(subject, monkeypatch):
 
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_every_program_finds_what_it_imports():
+    programs = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
+    assert "convergence" in programs
+    for program in programs:
+        # what pytest itself loads, under a name of its own
+        if program != "conftest":
+            importlib.import_module(f"benchmarks.{program}")
 
 
 def run_benchmarks(*arguments: str) -> subprocess.CompletedProcess:

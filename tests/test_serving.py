@@ -284,6 +284,36 @@ def test_an_mlp_that_computes_something_else_is_called_itself(device, launches):
     assert not launches["mlp_forward_kernel"]
 
 
+class Gained(official.Mlp):
+    """One that is an official MLP by an attribute."""
+
+    def forward(self, x):
+        return self.gain * super().forward(x)
+
+
+class StopsInTraining(official.Mlp):
+    """One whose numbers are right, and gradients are not."""
+
+    def forward(self, x):
+        return super().forward(x.detach() if self.training else x)
+
+
+def test_an_mlp_is_known_by_its_attributes_and_gradients_too():
+    model = official.CAT(embed_dim=16, depths=(1,), num_heads=(1,), out_indices=(0,))
+    blocks = [module for module in model.modules() if hasattr(module, "attn_type")]
+    for block, gain in zip(blocks, (1.0, 0.5, 1.0), strict=True):
+        block.mlp.__class__, block.mlp.gain = Gained, gain
+    catkernels.patch(model)
+    ours = [module for module in model.modules() if isinstance(module, catkernels.CATBlock)]
+    assert [block.read_mlp() is not None for block in ours] == [True, False, True]
+    catkernels.unpatch(model)
+    for block in blocks:
+        block.mlp.__class__ = StopsInTraining
+    catkernels.patch(model)
+    ours = [module for module in model.modules() if isinstance(module, catkernels.CATBlock)]
+    assert [block.read_mlp() for block in ours] == [None] * 3
+
+
 def test_a_report_says_why_parts_are_left_to_pytorch(device):
     model = nn.Sequential(make_block().to(device).eval())
     (block,) = catkernels.patch(model, backend="triton").blocks

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,21 +62,54 @@ def compare_with_ours(blocks: Iterable[nn.Module]) -> dict[nn.Module, Comparison
     return comparisons
 
 
-def computes_with_its_parts(mlp: nn.Module) -> bool:
-    """Whether an MLP is its linear layers, activation and dropouts one after the other.
+def mlps_of_known_parts(mlps: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those MLPs that are their linear layers, activation and dropouts one after the other.
 
-    A twin of it is run where it has the parts of an official one, whose class says no more.
+    Twins of those that have the parts of an official one, whose class says no more, are run, one of
+    a kind.
     """
-    if not has_mlp_parts(mlp):
-        return False
+    of_kind: dict[Hashable, bool] = {}
+    known = set()
+    for mlp in filter(has_mlp_parts, mlps):
+        kind = _kind(mlp)
+        if kind not in of_kind:
+            of_kind[kind] = _computes_with_its_parts(mlp)
+        if of_kind[kind]:
+            known.add(mlp)
+    return known
+
+
+def _computes_with_its_parts(mlp: nn.Module) -> bool:
     try:
-        with plainly_on_cpu(), global_hooks_set_aside(), torch.no_grad():
+        with plainly_on_cpu(), global_hooks_set_aside(), _other_generators_kept():
             twin, x = Twins(torch.Generator("cpu").manual_seed(0), stand_ins=False).of_mlp(mlp)
-            expected = MlpParts.of(twin)(x.clone())
-            return torch.allclose(twin(x), expected, rtol=LIMIT, atol=LIMIT)
+            parts = MlpParts.of(twin)
+            return all(
+                difference <= LIMIT
+                for training in (False, True)
+                for _, difference in _differences(
+                    _mlp_results(parts, twin, x, training), _mlp_results(twin, twin, x, training)
+                )
+            )
     except Exception:
         # whatever it needs to be called with, it is called itself
         return False
+
+
+def _mlp_results(
+    call: Callable[[Tensor], Tensor], mlp: nn.Module, x: Tensor, training: bool
+) -> dict[str, Tensor]:
+    """What a call of an MLP gives, and the gradients of everything."""
+    # its dropouts stay in evaluation, where they draw nothing
+    mlp.training = training
+    mlp.zero_grad()
+    x = x.clone().requires_grad_()
+    output = call(x)
+    output.backward(torch.arange(output.numel(), dtype=x.dtype).cos().view_as(output))
+    results = {"output": output.detach()}
+    for name, leaf in (("input", x), *mlp.named_parameters()):
+        results[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return results
 
 
 def _compare(block: nn.Module) -> Comparison:
@@ -230,12 +263,12 @@ def _other_generators_kept() -> Iterator[None]:
         np.random.set_state(numpy_state)  # noqa: NPY002 theirs, not ours
 
 
-def _kind(block: nn.Module) -> Hashable:
-    """Equal for blocks of which one need be compared."""
+def _kind(root: nn.Module) -> Hashable:
+    """Equal for blocks, or MLPs, of which one need be compared."""
     modules = []
-    for name, module in block.named_modules():
+    for name, module in root.named_modules():
         # the map's size is set from outside before each call
-        ignored = OF_EVERY_MODULE | ({"H", "W"} if module is block else set())
+        ignored = OF_EVERY_MODULE | ({"H", "W"} if module is root else set())
         plain = {key: value for key, value in vars(module).items() if key not in ignored}
         tensors = (*module._parameters.items(), *module._buffers.items())
         shapes = tuple((key, None if value is None else value.shape) for key, value in tensors)

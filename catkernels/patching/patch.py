@@ -14,7 +14,7 @@ from torch import nn
 from catkernels.arguments import Backend, check_backend
 from catkernels.block import CATBlock
 from catkernels.parts import has_mlp_parts
-from catkernels.patching.compare import compare_with_ours, computes_with_its_parts
+from catkernels.patching.compare import compare_with_ours, mlps_of_known_parts
 from catkernels.patching.recognise import (
     always_checkpoints,
     is_sharded,
@@ -118,14 +118,11 @@ def unpatch(model: nn.Module) -> list[str]:
 
 def _trust_mlps(blocks: Iterable[CATBlock], compare: bool) -> None:
     """Let blocks compute with the parts of their MLPs where those are all that there is to them."""
-    answers: dict[tuple[type[nn.Module], str], bool] = {}
+    blocks = list(blocks)
+    mlps = [block.mlp for block in blocks]
+    known = mlps_of_known_parts(mlps) if compare else set(filter(has_mlp_parts, mlps))
     for block in blocks:
-        # of a class and with an activation of this name
-        kind = type(block.mlp), repr(getattr(block.mlp, "act", None))
-        if kind not in answers:
-            trusted = computes_with_its_parts if compare else has_mlp_parts
-            answers[kind] = trusted(block.mlp)
-        if answers[kind] and has_mlp_parts(block.mlp):
+        if block.mlp in known:
             block.trust_mlp()
 
 
