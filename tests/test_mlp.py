@@ -20,8 +20,6 @@ from dense_cases import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from catkernels.kernels.dense.launch import MlpLaunch, mlp_forward_launch
-from catkernels.kernels.launch import overriding
 from catkernels.ops.linear import add_branch, per_image
 from catkernels.ops.mlp import fused_mlp, fused_reasons, split_mlp
 from catkernels.torch_state.precision import compute_dtype
@@ -72,6 +70,9 @@ def test_one_kernel(shape, mode, device, launches, poisoned_memory):
 @pytest.mark.parametrize("shape", sampled([(3, 25, 96)], [(3, 45, 64)]), ids=str)
 def test_resident_weights(shape, mode, device, launches, poisoned_memory):
     """Two programs with several tiles each, as some GPUs launch it."""
+    from catkernels.kernels.dense.launch import MlpLaunch, mlp_forward_launch
+    from catkernels.kernels.launch import overriding
+
     resident = MlpLaunch(4, 1, rows=32, units=64, resident_programs=2)
 
     def answer(table, problem, shipped):
