@@ -2,6 +2,11 @@
 
 timm knows a model of another package once the module that defines it has been imported. Nothing
 else here imports this one, and it is not called ``timm``, so that no ``import timm`` finds it.
+
+``features_only=True`` gives the classifier's own maps, where our backbone norms each. No weights
+are hosted: ``checkpoint_path=`` loads a classifier's, ``load_checkpoint(features.model, path)``
+those of ``features``. timm asks for a torchvision that fits torch, 0.29 for 2.14. `torch.fx` traces
+around the blocks; TorchScript, which PyTorch has deprecated, takes none of our models.
 """
 
 from __future__ import annotations
