@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -65,9 +65,10 @@ class CATBlock(StandIn):
 
     CHILDREN = ("norm1", "attn", "drop_path", "norm2", "mlp")
 
-    norm1: nn.Module
+    # norms of any class: kernels serve an `nn.LayerNorm` that nobody listens to
+    norm1: Any
+    norm2: Any
     drop_path: nn.Module
-    norm2: nn.Module
     mlp: nn.Module
 
     # The size of the map that tokens (B, H*W, C) are, set from outside before a call as in the
@@ -174,10 +175,11 @@ class CATBlock(StandIn):
             # before the norm complains in words of its own
             check_input(tokens, parts)
         joins = not (call_reasons(tokens, self.backend) or norm_reasons(self.norm1, tokens))
-        if joins and self.attn_type == "ipsa" and parts is not None:
+        plain = None if parts is None else parts.plain_layers
+        if joins and self.attn_type == "ipsa" and parts is not None and plain is not None:
             x = reference.to_map(tokens, *size)
             if projects_for_kernels(parts, x, *options):
-                qkv, x = norm_linear_residual(x, self.norm1, parts.qkv.weight, parts.qkv.bias)
+                qkv, x = norm_linear_residual(x, self.norm1, plain[0].weight, plain[0].bias)
                 return ipsa_layer(parts, x, *options, qkv=qkv)[0], x.flatten(1, 2)
         if joins:
             normed, tokens = norm_residual(tokens, self.norm1)

@@ -273,8 +273,9 @@ def ipsa_layer(
 
     if plain is not None and backend != "triton":
         weights = [tensor for layer in plain for tensor in (layer.weight, layer.bias)]
-        tensors = (x, *weights, attn.table)
-        if cpu.serves(*tensors, dropout_p=attn.dropout_p, return_attention=return_attention):
+        if cpu.serves(
+            x, *weights, attn.table, dropout_p=attn.dropout_p, return_attention=return_attention
+        ):
             return attn.proj_drop(cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
     output, attention = attend(x)
     return attn.proj_drop(output), attention
@@ -301,8 +302,9 @@ def projects_for_kernels(
     if not (attn.qkv_is_plain and attn.proj_is_plain):
         return False
     one_dtype = all(p.dtype == x.dtype for p in attn.qkv.parameters()) or autocast_is_on(x.device)
-    options = {"patch_size": patch_size, "backend": backend}
-    return one_dtype and ipsa_runs_kernels(x, head_dim=attn.head_dim, **options)
+    return one_dtype and ipsa_runs_kernels(
+        x, head_dim=attn.head_dim, patch_size=patch_size, backend=backend
+    )
 
 
 def cpsa_layer(

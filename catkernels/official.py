@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from catkernels import cat
-from catkernels.block import DropPath, Mlp
 from catkernels.cat import CATOptions
+from catkernels.modules import DropPath, Mlp
 from catkernels.reference import relative_position_index, to_map
 
 if TYPE_CHECKING:

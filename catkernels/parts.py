@@ -106,9 +106,9 @@ class MlpParts:
         drops: the dropouts behind each of them; one module may be both.
     """
 
-    fc1: nn.Module
-    act: nn.Module
-    fc2: nn.Module
+    fc1: Any
+    act: Any
+    fc2: Any
     drops: tuple[nn.Module, nn.Module]
 
     @classmethod

@@ -132,7 +132,8 @@ def report_block(
 ) -> BlockReport:
     """What is done with ``block``, in whose place ``ours`` stands or is to stand, or why none."""
     parts = BlockParts.of(block)
-    kernels, others = (), ""
+    kernels: tuple[str, ...] = ()
+    others = ""
     if ours is None:
         action, served_by, why = "left alone", "own", "; ".join(reasons)
     else:
