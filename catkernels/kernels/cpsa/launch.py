@@ -108,7 +108,7 @@ def route(problem: Problem, backward: bool) -> Route:
     if problem.num_patches > TILE or problem.patch_size >= 8:
         return "flash"
     if problem.num_patches > 16 and _most_groups(problem, backward) == 1:
-        # one group is then one or two channels of the map, a sixteenth of its sectors or an eighth
+        # a group is then one or two channels: 2 or 4 bytes of each sector of 32
         return "flash"
     return "map"
 
@@ -227,6 +227,7 @@ def flash_forward_launch(problem: Problem) -> FlashLaunch:
     if problem.dtype == torch.float32:
         # float32 products take registers that only twice the threads have
         return FlashLaunch(8, 1, 64, 64)
+    # the next keys arrive while a block of them is multiplied; two stages would wait for their own
     return FlashLaunch(4, 3, 64, 64)
 
 
