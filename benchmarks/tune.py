@@ -41,7 +41,7 @@ from benchmarks.candidates import Candidate, candidates, compile_candidate, look
 from benchmarks.clock import CLOCK, DEVICE
 from catkernels import machine
 from catkernels.cases import CPSACase, IPSACase, Shape, cat_stages
-from catkernels.families import Case, Task
+from catkernels.families import Case, Task, products
 from catkernels.pool import num_cores, run_apart
 from catkernels.torch_state.device import interpreting
 
@@ -196,15 +196,11 @@ def times_in_turn(runs: dict[Candidate, Callable], rounds: int) -> dict[Candidat
 
 @contextlib.contextmanager
 def _computing_in(problem: Problem) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if problem.tf32 else "highest")
     # the official results of the same dtype are others
     official_results.cache_clear()
-    try:
+    with products(problem.tf32):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        official_results.cache_clear()
+    official_results.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,12 @@ class CAT(nn.Module):
         return self.out_indices is not None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Images (B, in_chans, H, W) -> logits (B, num_classes), or maps (B, C_i, H_i, W_i)."""
+        """Images (B, in_chans, H, W) -> logits (B, num_classes), or maps (B, C_i, H_i, W_i).
+
+        Raises:
+            TypeError: ``images`` are no floating-point tensor.
+            ValueError: ``images`` have another shape.
+        """
         if self.out_indices is None:
             return self.head(self.forward_features(images))
         outputs = []

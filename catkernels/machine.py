@@ -21,8 +21,8 @@ def describe(cpu_name: str | None = None) -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-    if TRITON_IS_INSTALLED:
-        about["triton"] = importlib.metadata.version("triton")
+    if version := triton_version():
+        about["triton"] = version
     if device.type == "cpu":
         return about | {"device": cpu_name or "a CPU", "device_state": "one thread"}
     about |= {
@@ -34,6 +34,17 @@ def describe(cpu_name: str | None = None) -> dict[str, str | None]:
 
         about |= {"driver": _nvidia_smi("driver_version"), "ptxas": ptxas_version()}
     return about
+
+
+def triton_version() -> str | None:
+    """The version of the package that holds Triton, None where there is none.
+
+    PyTorch's builds for AMD's and Intel's GPUs call theirs otherwise.
+    """
+    if not TRITON_IS_INSTALLED:
+        return None
+    packages = importlib.metadata.packages_distributions().get("triton")
+    return importlib.metadata.version(packages[0]) if packages else None
 
 
 def _nvidia_smi(query: str) -> str:

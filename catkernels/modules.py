@@ -113,7 +113,9 @@ class IPSA(_Attention):
             return_attention: also return the attention weights (B, windows, heads, N*N, N*N).
 
         Raises:
-            ValueError: ``x`` is neither.
+            TypeError: ``x`` is no floating-point tensor, or of another dtype than the weights.
+            ValueError: ``x`` is neither, or on another device; or ``backend="triton"`` cannot serve
+                the call.
         """
         side = self.patch_size[0]
         check_floating(x)
@@ -177,7 +179,9 @@ class CPSA(_Attention):
             return_attention: also return the attention weights (B, C, P, P).
 
         Raises:
-            ValueError: ``x`` is neither.
+            TypeError: ``x`` is no floating-point tensor, or of another dtype than the weights.
+            ValueError: ``x`` is neither, or on another device; or ``backend="triton"`` cannot serve
+                the call.
         """
         side = self.patch_size[0]
         check_floating(x)

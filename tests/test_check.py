@@ -105,6 +105,21 @@ def test_on_an_nvidia_gpu_a_newer_assembler_is_to_be_tried(monkeypatch, capsys):
     assert "TRITON_PTXAS_PATH" in printed
 
 
+def test_where_the_kernels_serve_nothing_nothing_is_called_right(monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Unserved(Faulty):
+        def unsupported_reasons(self, device, dtype, needs_grad):
+            return ["Triton is not installed"]
+
+    row = check.judge(replace(ON_CPU, cases=(Unserved("right"),)))
+    assert (row.verdict, row.detail) == ("not served", "by the kernels: Triton is not installed")
+    monkeypatch.setattr(check, "interpreted_rows", lambda: iter([row]))
+    assert main(["check", "--interpret"]) == 1
+    printed = capsys.readouterr().out
+    assert "nothing was checked in Triton's interpreter" in printed
+    assert "all right" not in printed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_called_right(capsys):
     assert main(["check"]) == 2

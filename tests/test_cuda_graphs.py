@@ -1,4 +1,4 @@
-"""One image at a time: the whole model as one CUDA graph, as README shows it."""
+"""One image at a time: the whole model as one CUDA graph."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def run(*, interpret: bool = False, output: Path | None = None) -> int:
         output: JSON file for everything that is printed, for a report.
 
     Returns:
-        The exit status: 0 where all is right, else 1.
+        The exit status: 0 where all is right, 1 where anything is not or the kernels serve nothing.
 
     Raises:
         ValueError: there is no GPU here, and ``interpret`` was not asked for.
@@ -94,14 +94,18 @@ def run(*, interpret: bool = False, output: Path | None = None) -> int:
         print(f"{row.name:34} {row.verdict:16} {row.detail}", flush=True)
     wrong = [row.name for row in rows if row.verdict not in ("right", "not served")]
     where = "in Triton's interpreter" if interpret else f"on {about['device']}"
-    verdict = f"wrong {where}: {'; '.join(wrong)}" if wrong else f"all right {where}"
+    checked = any(row.verdict != "not served" for row in rows)
+    if wrong:
+        verdict = f"wrong {where}: {'; '.join(wrong)}"
+    else:
+        verdict = f"{'all right' if checked else 'nothing was checked'} {where}"
     print(verdict)
     if wrong:
         print(f"{NEWER_PTXAS}\n{REMEDY}" if "ptxas" in about else REMEDY)
     if output:
         content = {"machine_info": about, "verdict": verdict, "rows": [asdict(row) for row in rows]}
         output.write_text(json.dumps(content, indent=1) + "\n")
-    return 1 if wrong else 0
+    return 1 if wrong or not checked else 0
 
 
 def interpreted_rows() -> Iterator[Row]:
@@ -157,7 +161,9 @@ def judge(task: Task) -> Row:
     """Run a family's cases and judge them, in a process that only runs kernels."""
     cases, shares, forward_only = list(task.passes()), [], 0
     if not cases:
-        return Row(str(task), "not served", "by the kernels: the reference serves it")
+        reasons = task.cases[0].unsupported_reasons(torch.device(task.device), task.dtype, False)
+        why = "; ".join(reasons) or "none of its calls is of this dtype"
+        return Row(str(task), "not served", f"by the kernels: {why}")
     device = torch.device(task.device)
     with products(task.tf32):
         for case, differentiate in cases:

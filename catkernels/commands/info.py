@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import catkernels
+from catkernels.machine import triton_version
 from catkernels.ops import cpsa, ipsa
 from catkernels.torch_state.device import KERNEL_DEVICES, interpreting
 
@@ -16,7 +16,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def run() -> None:
     """Print them."""
-    print(f"catkernels {catkernels.__version__}, torch {torch.__version__}, {_triton_version()}")
+    version = triton_version()
+    triton = f"triton {version}" if version else "Triton is not installed"
+    print(f"catkernels {catkernels.__version__}, torch {torch.__version__}, {triton}")
     print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     devices = [torch.device("cpu")]
     for kind in KERNEL_DEVICES:
@@ -62,10 +64,3 @@ def _device_name(device: torch.device) -> str:
         return f"cpu: {torch.get_num_threads()} threads{mode}"
     properties = torch.get_device_module(device).get_device_properties(device)
     return f"{device}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-
-
-def _triton_version() -> str:
-    try:
-        return f"triton {version('triton')}"
-    except PackageNotFoundError:
-        return "no triton"

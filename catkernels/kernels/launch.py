@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 
+from catkernels.reference import num_patches
 from catkernels.torch_state.precision import allows_tf32
 
 # Architectures that want launches of their own; every other device takes `DEFAULT`'s.
@@ -75,7 +76,7 @@ class MapProblem(Problem):
     @property
     def num_patches(self) -> int:
         """Patches of a map, those that reach beyond it included."""
-        return -(-self.height // self.patch_size) * -(-self.width // self.patch_size)
+        return num_patches(self.height, self.width, self.patch_size)
 
     @property
     def padded(self) -> bool:

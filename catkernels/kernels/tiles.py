@@ -1,4 +1,4 @@
-"""Pieces of kernels that both attentions use."""
+"""Pieces of kernels that several families use."""
 
 import math
 

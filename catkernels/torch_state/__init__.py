@@ -1,1 +1,1 @@
-"""What PyTorch says about a call: its device, precision and function transforms."""
+"""What PyTorch says about a call: its device, precision, transforms, modes, hooks and tensors."""

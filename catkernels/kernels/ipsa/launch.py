@@ -19,6 +19,7 @@ from catkernels.kernels.launch import (
     next_power_of_2,
     pick,
 )
+from catkernels.reference import ceil_div
 
 # Tokens of a tile: one window of 6 x 6 to 8 x 8 pixels, or several smaller ones.
 TILE = 64
@@ -41,7 +42,7 @@ class ChunkLaunch(Launch):
 
     def num_chunks(self, problem: Problem) -> int:
         """Chunks of tiles; each is one program per head."""
-        tiles = -(-problem.num_windows // problem.windows_per_tile)
+        tiles = ceil_div(problem.num_windows, problem.windows_per_tile)
         return min(tiles, max(1, self.num_programs // problem.num_heads))
 
 
