@@ -70,7 +70,7 @@ def make_ipsa_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """``qkv``, ``bias_table`` (in ``table_dtype``) and ``qkv_bias`` for `ipsa_attention`."""
-    normal = _normal(device, seed)
+    normal = normal_numbers(device, seed)
     sizes = {
         "qkv": (shape.batch, shape.height, shape.width, 3 * shape.channels),
         "bias_table": ((2 * shape.patch_size - 1) ** 2, shape.num_heads),
@@ -90,7 +90,7 @@ def make_cpsa_inputs(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """``x`` and the four weights (std 1/N by default) for `cpsa_attention`."""
-    drawn = _normal(device, seed)
+    drawn = normal_numbers(device, seed)
     tokens = shape.patch_size**2
     std = 1 / shape.patch_size if weight_std is None else weight_std
 
@@ -268,10 +268,10 @@ def results(
 
 def random_grad(shape: Shape, like: Tensor, seed: int = 0) -> Tensor:
     """A gradient of a call's output, in the dtype and on the device of ``like``."""
-    return _normal(like.device, seed)(shape.size).to(like)
+    return normal_numbers(like.device, seed)(shape.size).to(like)
 
 
-def _normal(device: torch.device | str, seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+def normal_numbers(device: torch.device | str, seed: int) -> Callable[[tuple[int, ...]], Tensor]:
     """Of a size, normal numbers in float32, drawn on the device itself where it can draw any."""
     place = "cpu" if torch.device(device).type == "meta" else device
     generator = torch.Generator(place).manual_seed(seed)

@@ -75,7 +75,8 @@ class SameDropout(TorchFunctionMode):
         if function is torch.randint:
             return torch.tensor([self.seed], device=kwargs.get("device"))
         if function is F.dropout:
-            return self._dropped(*args)
+            # which hands its input over by place and all else by name
+            return self._dropped(args[0], kwargs["p"])
         return function(*args, **kwargs)
 
     def _dropped(self, weights: Tensor, dropout_p: float) -> Tensor:

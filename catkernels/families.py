@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from catkernels.cases import CPSACase, Inputs, IPSACase, Shape, results
+from catkernels.cases import CPSACase, Inputs, IPSACase, Shape, normal_numbers, results
+from catkernels.ops import mlp, norm
 from catkernels.torch_state.precision import allows_tf32
 
 
@@ -43,6 +46,78 @@ class Case(Protocol):
     def unsupported_reasons(
         self, device: torch.device, dtype: torch.dtype, needs_grad: bool
     ) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class MLPCase:
+    """An MLP with its norm and residual, 4C hidden units: by one kernel, or else by several."""
+
+    name: str
+    batch: int
+    height: int
+    width: int
+    channels: int
+    dropout_p: float = 0.0
+    mixed: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+        normal = normal_numbers(device, seed)
+        channels = self.channels
+        x = normal(self.shape.size) + 0.3
+        weights = {
+            "norm.weight": 1 + 0.2 * normal((channels,)),
+            "norm.bias": 0.3 * normal((channels,)),
+            "fc1.weight": 1.5 * channels**-0.5 * normal((4 * channels, channels)),
+            "fc1.bias": 0.3 * normal((4 * channels,)),
+            "fc2.weight": 1.5 * (4 * channels) ** -0.5 * normal((channels, 4 * channels)),
+            "fc2.bias": 0.3 * normal((channels,)),
+        }
+        tensors = {"x": x, **weights}
+        return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+
+    def attend(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """By the kernels."""
+        layers = _MLPLayers(self.channels)
+        names = (name for name, _ in layers.named_parameters())
+        return functional_call(layers, dict(zip(names, weights, strict=True)), (x,))
+
+    def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """By PyTorch."""
+        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
+        normed = F.layer_norm(x, (self.channels,), norm_weight, norm_bias)
+        return x + F.linear(F.gelu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+    def kept(self, seed: int) -> Tensor:
+        """No attention weights, of which all are kept."""
+        return torch.ones((), dtype=torch.bool)
+
+    def unsupported_reasons(
+        self, device: torch.device, dtype: torch.dtype, needs_grad: bool
+    ) -> list[str]:
+        return norm.unsupported_reasons(device=device, dtypes={dtype}, channels=self.channels)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.name, self.batch, self.height, self.width, self.channels, num_heads=1)
+
+
+class _MLPLayers(nn.Module):
+    """What `catkernels.ops.mlp` takes: a norm and two linear layers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, device="meta")
+        self.fc1 = nn.Linear(channels, 4 * channels, device="meta")
+        self.fc2 = nn.Linear(4 * channels, channels, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        together = mlp.fused_mlp
+        if mlp.fused_reasons(products=x.dtype, shape=self.fc1.weight.shape):
+            together = mlp.split_mlp
+        return together(x, self.norm, self.fc1, self.fc2, None)
 
 
 # A family is what shares kernels. Of each there are calls as small as they show every branch, and
@@ -93,6 +168,17 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
         CPSACase("stage 2", 1, 28, 28, 192, mixed=True),
         CPSACase("stage 3", 1, 14, 14, 384, mixed=True),
         CPSACase("stage 4", 2, 7, 7, 768, mixed=True),
+    ),
+    "mlp": (
+        MLPCase("32 channels", 2, 7, 9, 32),
+        MLPCase("CAT-T, stage 1", 1, 56, 56, 64),
+        MLPCase("CAT-S, stage 1, 8 images", 8, 56, 56, 96),
+        MLPCase("CAT-T, stage 2", 1, 28, 28, 128),
+        MLPCase("CAT-S, stage 2, 8 images", 8, 28, 28, 192),
+    ),
+    "mlp, more channels": (
+        MLPCase("CAT-S, stage 3, 8 images", 8, 14, 14, 384),
+        MLPCase("CAT-S, stage 4, 8 images", 8, 7, 7, 768),
     ),
     "cpsa, dropout": (
         CPSACase("4", 2, 14, 14, 17, dropout_p=0.25),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from catkernels.dropout import kept, philox
+from catkernels.dropout import SameDropout, kept, philox
 
 # of Random123, the paper's own implementation (kat_vectors, philox4x32 10): counter, key, answer
 PUBLISHED = [
@@ -41,3 +42,18 @@ def test_a_weight_is_kept_wherever_its_row_is_looked_at_from():
 
 def test_nothing_is_dropped_at_zero():
     assert kept(1, 0.0, rows=5, columns=5, heads=1, sequences=1).all()
+
+
+@pytest.mark.parametrize("call", [lambda x: F.dropout(x, 0.3), lambda x: F.dropout(input=x, p=0.3)])
+def test_plain_pytorch_drops_the_same_and_the_kernels_are_given_the_seed(call):
+    keep = kept(7, 0.3, rows=4, columns=6, heads=2, sequences=3)
+    weights = torch.rand(3, 2, 4, 6, requires_grad=True)
+    with SameDropout(7, keep):
+        dropped = call(weights)
+        seed = torch.randint(2**63 - 1, (1,))
+    assert seed.tolist() == [7]
+    # the probability in steps of 2**-16
+    scale = 1 / (1 - round(0.3 * 2**16) / 2**16)
+    torch.testing.assert_close(dropped, weights * keep * scale)
+    (gradient,) = torch.autograd.grad(dropped.sum(), weights)
+    torch.testing.assert_close(gradient, keep * scale)

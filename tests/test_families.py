@@ -7,6 +7,7 @@ import torch
 
 from catkernels import families
 from catkernels.cat import VARIANTS
+from catkernels.commands import check
 
 EVERY = [*families.FAMILIES.items(), *families.INTERPRETED.items()]
 
@@ -42,3 +43,14 @@ def test_all_stages_of_cat_small_are_among_them():
     }
     channels = VARIANTS["cat_small"]["embed_dim"]
     assert {(56 >> stage, channels << stage) for stage in range(4)} <= sizes
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(32, torch.float16), (384, torch.float32)])
+def test_an_mlp_by_the_kernels_is_what_it_is_said_to_be(channels, dtype, device, launches):
+    """In one kernel where its rows are short enough, else between PyTorch's products."""
+    case = families.MLPCase("rows that fill no tile", 1, 3, 7, channels)
+    task = families.Task("mlp", (case,), dtype, False, device.type, repeats=1)
+    row = check.judge(task)
+    assert row.verdict == "right", row.detail
+    assert bool(launches["mlp_forward_kernel"]) == (channels == 32)
+    assert bool(launches["bias_gelu_backward_kernel"]) == (channels == 384)

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from ipsa_cases import (
     DTYPES,
     INPUTS,
@@ -28,6 +27,7 @@ from ipsa_cases import (
 from torch import Tensor
 
 from catkernels.cases import IPSA_CASES, IPSACase, results
+from catkernels.dropout import SameDropout
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")
 
@@ -130,14 +130,12 @@ def test_any_strides(device, launches):
     ],
     ids=str,
 )
-def test_dropout(case, dtype, device, launches, monkeypatch):
-    torch.manual_seed(1)
-    keep = case.kept(torch.randint(2**63 - 1, (1,), device=device).item()).to(device)
+def test_dropout(case, dtype, device, launches):
+    seed = 0x1234_5678_9ABC_DEF0
+    keep = case.kept(seed)
     assert abs(keep.double().mean() - (1 - case.dropout_p)) < 0.03
-    keep_scale = 1 / (1 - round(case.dropout_p * 2**16) / 2**16)
-    monkeypatch.setattr(F, "dropout", lambda weights, p: weights * keep * keep_scale)
-    torch.manual_seed(1)
-    check((case, case.inputs(dtype, device)))
+    with SameDropout(seed, keep):
+        check((case, case.inputs(dtype, device)))
 
 
 DROPOUT = IPSACase("dropout", 1, 14, 14, dropout_p=0.5)
