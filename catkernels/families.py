@@ -169,21 +169,21 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
         CPSACase("stage 3", 1, 14, 14, 384, mixed=True),
         CPSACase("stage 4", 2, 7, 7, 768, mixed=True),
     ),
+    "cpsa, dropout": (
+        CPSACase("4", 2, 14, 14, 17, dropout_p=0.25),
+        CPSACase("64", 1, 56, 56, 8, dropout_p=0.25),
+        CPSACase("90", 1, 63, 70, 3, dropout_p=0.25),
+    ),
     "mlp": (
         MLPCase("32 channels", 2, 7, 9, 32),
         MLPCase("CAT-T, stage 1", 1, 56, 56, 64),
         MLPCase("CAT-S, stage 1, 8 images", 8, 56, 56, 96),
         MLPCase("CAT-T, stage 2", 1, 28, 28, 128),
-        MLPCase("CAT-S, stage 2, 8 images", 8, 28, 28, 192),
+        MLPCase("CAT-S, stage 2", 1, 28, 28, 192),
     ),
     "mlp, more channels": (
-        MLPCase("CAT-S, stage 3, 8 images", 8, 14, 14, 384),
-        MLPCase("CAT-S, stage 4, 8 images", 8, 7, 7, 768),
-    ),
-    "cpsa, dropout": (
-        CPSACase("4", 2, 14, 14, 17, dropout_p=0.25),
-        CPSACase("64", 1, 56, 56, 8, dropout_p=0.25),
-        CPSACase("90", 1, 63, 70, 3, dropout_p=0.25),
+        MLPCase("CAT-S, stage 3", 1, 14, 14, 384),
+        MLPCase("CAT-S, stage 4", 1, 7, 7, 768),
     ),
 }
 # What an interpreter does in seconds.
