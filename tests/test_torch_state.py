@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import catkernels
+from catkernels.torch_state import device as devices
 from catkernels.torch_state import graphs, hooks, modes, tensors, transforms
 
 PACKAGE = Path(catkernels.__file__).parent
@@ -250,3 +251,13 @@ def test_plainly_nothing_is_compiled():
     function = torch.compile(lambda x: x + 1, backend=fail)
     with modes.plainly_on_cpu():
         assert function(torch.ones(1)) == 2
+
+
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True)])
+def test_gpus_that_triton_does_not_compile_for_are_refused(capability, served, monkeypatch):
+    # past the cache, which must not hold a made-up device
+    monkeypatch.setattr(devices, "_looked_up_capability", lambda _: capability)
+    monkeypatch.setattr(devices, "TRITON_IS_INSTALLED", True)
+    reasons = devices.device_reasons(torch.device("cuda"))
+    refusal = "the GPU has compute capability 7.5, the kernels need 8.0"
+    assert reasons == ([] if served else [refusal])

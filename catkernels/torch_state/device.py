@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -22,6 +23,8 @@ def _is_installed(package: str) -> bool:
 TRITON_IS_INSTALLED = _is_installed("triton")
 # The device types that Triton compiles for; ROCm's is "cuda" as well.
 KERNEL_DEVICES = ("cuda", "xpu")
+# The least compute capability of NVIDIA's GPUs that Triton compiles for.
+LEAST_CAPABILITY = (8, 0)
 
 
 def interpreting() -> bool:
@@ -52,4 +55,21 @@ def device_reasons(device: torch.device) -> list[str]:
         reasons.append("Triton is not installed")
     if device.type not in KERNEL_DEVICES and not (device.type == "cpu" and interpreting()):
         reasons.append(f"the tensors are on {device.type}, the kernels need cuda or xpu")
+    capability = _cuda_capability(device)
+    if capability is not None and capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, pair)) for pair in (capability, LEAST_CAPABILITY))
+        reasons.append(f"the GPU has compute capability {found}, the kernels need {least}")
     return reasons
+
+
+@constant_in_graphs
+def _cuda_capability(device: torch.device) -> tuple[int, int] | None:
+    """Of one of NVIDIA's GPUs that is here; None of any other device."""
+    return _looked_up_capability(device) if device.type == "cuda" else None
+
+
+@functools.cache  # PyTorch takes microseconds, in every call
+def _looked_up_capability(device: torch.device) -> tuple[int, int] | None:
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
