@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
 from catkernels.block import CATBlock
+from catkernels.modules import check_like_weight
 from catkernels.reference import ceil_div, to_map
+from catkernels.torch_state.hooks import is_intercepted
+from catkernels.torch_state.tensors import is_wrapper
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -329,12 +332,20 @@ class PatchEmbedding(nn.Module):
         return nn.Conv2d(self.in_chans, embed_dim, kernel_size=size, stride=size)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            kind = type(images).__name__
+            raise TypeError(f"images must be a tensor (B, {self.in_chans}, H, W), got {kind}")
         if images.dim() != 4 or images.shape[1] != self.in_chans or 0 in images.shape[2:]:
             raise ValueError(
                 f"images must be (B, {self.in_chans}, H, W), got {tuple(images.shape)}"
             )
         if not images.is_floating_point():
             raise TypeError(f"images must be floating-point, got {images.dtype}: divide by 255")
+        # anything else takes what it takes
+        proj = self.proj
+        plain = type(proj) is nn.Conv2d and not is_intercepted(proj)
+        if plain and not is_wrapper(proj.weight):
+            check_like_weight("images", images, proj.weight)
         bottom = -images.shape[2] % self.patch_emb_size[0]
         right = -images.shape[3] % self.patch_emb_size[1]
         if bottom or right:

@@ -242,7 +242,8 @@ def _read(path_or_state_dict: Source) -> tuple[Any, str]:
         ) from error
     # of a damaged file torch raises anything, a KeyError of a number included
     except Exception as error:
-        why = f": {error}" if isinstance(error, OSError | RuntimeError) else ""
+        # the first sentence, since the next may advise to run what is in the file
+        why = f": {error}".partition(". ")[0] if isinstance(error, OSError | RuntimeError) else ""
         raise ValueError(f"{path.name} is no checkpoint that torch.save wrote{why}") from error
     return content, path.name
 

@@ -392,17 +392,26 @@ def check_input(x: Tensor, attn: AttentionParts) -> None:
             "the attention weights are no tensor that it could be given"
         )
     weight = attn.qkv.weight if attn.qkv_is_plain else None
-    if not isinstance(weight, Tensor):
-        return
+    if isinstance(weight, Tensor):
+        check_like_weight("x", x, weight)
+
+
+def check_like_weight(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise unless the argument ``x`` of that name is where ``weight`` is, in a dtype for it.
+
+    Raises:
+        TypeError: ``x`` is of another dtype, and no autocast makes them one.
+        ValueError: ``x`` is on another device.
+    """
     if x.device != weight.device:
         raise ValueError(
-            f"x is on {x.device} but the layer's weights are on {weight.device}: "
+            f"{name} is on {x.device} but the layer's weights are on {weight.device}: "
             "move both to one device"
         )
     if x.dtype == weight.dtype:
         return
     if torch.float64 in (x.dtype, weight.dtype) or not autocast_is_on(x.device):
         raise TypeError(
-            f"x is {x.dtype} but the layer's weights are {weight.dtype}: give them one dtype, by "
-            f"x.to({weight.dtype}) or layer.to({x.dtype}), or use autocast"
+            f"{name} is {x.dtype} but the layer's weights are {weight.dtype}: give them one dtype, "
+            f"by {name}.to({weight.dtype}) or layer.to({x.dtype}), or use autocast"
         )

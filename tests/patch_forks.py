@@ -167,6 +167,16 @@ class InEvaluation(Block):
         return x + (1 if self.training else 0.9) * branch
 
 
+class WhereItsMlpTrains(Block):
+    def add(self, x, branch):
+        return x + (1.5 if self.mlp.training else 1) * branch
+
+
+class WhereItsDropPathTrains(Block):
+    def add(self, x, branch):
+        return x + (1.5 if self.drop_path.training else 1) * branch
+
+
 class NoiseInTraining(Block):
     def attended(self, x):
         return F.dropout(super().attended(x), 0.1, self.training)

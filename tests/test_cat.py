@@ -192,6 +192,29 @@ def test_wrong_images():
         catkernels.CAT(**THREE_STAGES)(torch.randn(1, 1, 32, 32))
 
 
+@pytest.mark.parametrize("structure", [catkernels.CAT, official.CAT])
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (np.zeros((1, 3, 32, 32)), TypeError, r"must be a tensor \(B, 3, H, W\), got ndarray"),
+        (torch.zeros(1, 3, 32, 32).half(), TypeError, "images is torch.float16 but the layer's"),
+        (torch.zeros(1, 3, 32, 32, device="meta"), ValueError, "images is on meta but the layer's"),
+    ],
+    ids=["an array", "half", "elsewhere"],
+)
+def test_images_that_do_not_fit_the_weights(structure, images, error, message):
+    with pytest.raises(error, match=message):
+        structure(**THREE_STAGES)(images)
+
+
+def test_images_that_a_hook_makes_fit():
+    model = catkernels.CAT(**THREE_STAGES).eval()
+    images = torch.randn(1, 3, 28, 28)
+    expected = model(images.half().float())
+    model.patch_embed.proj.register_forward_pre_hook(lambda _, inputs: inputs[0].float())
+    assert torch.equal(model(images.half()), expected)
+
+
 def test_images_of_bytes():
     with pytest.raises(TypeError, match=r"floating-point, got torch\.uint8: divide by 255"):
         catkernels.CAT(**THREE_STAGES)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

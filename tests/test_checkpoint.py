@@ -199,6 +199,8 @@ def write(path, how: str) -> None:
             path.write_bytes(path.read_bytes()[:2000])
         case "plain pickle":
             path.write_bytes(pickle.dumps({"a": 1}, protocol=2))
+        case "script":
+            torch.jit.save(torch.jit.script(torch.nn.ReLU()), path)
         case "number":
             torch.save(3, path)
         case "other model":
@@ -225,6 +227,8 @@ def write(path, how: str) -> None:
         ("cut", "is no checkpoint that torch.save wrote"),
         ("code", r"not loaded for safety: .*print"),
         ("plain pickle", "is no checkpoint that torch.save wrote"),
+        # and no word of PyTorch's advice to run its code
+        ("script", "wrote: .* TorchScript archives passed to ``torch.load``$"),
         ("number", "holds no weights but a int"),
         ("nothing", "holds no weights but nothing"),
         ("other model", "holds none of the model's weights: it has weight, bias"),

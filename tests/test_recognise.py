@@ -211,3 +211,16 @@ def test_the_report_notes_a_model_that_always_checkpoints(layer, noted):
         module.__class__ = layer
     notes = "\n".join(patch(model).notes)
     assert ("recomputes every block in training" in notes) == noted
+
+
+@pytest.mark.parametrize("place", ["attn.qkv", "mlp.fc1", "norm1"])
+def test_weights_without_a_shape_wait_for_a_call(place):
+    model, _ = build()
+    block = model.layers[0].pre_ipsa_blocks[0]
+    lazy = nn.LazyBatchNorm1d() if place == "norm1" else nn.LazyLinear(3 * block.dim)
+    block.set_submodule(place, lazy)
+    report = patch(model)
+    assert len(report.swapped) == 5
+    [row] = [row for row in report.blocks if row.action == "left alone"]
+    assert row.reason.endswith("has no shape yet: call the model once, then patch it")
+    assert place in row.reason

@@ -184,8 +184,9 @@ def _inputs(
 
 def _results(block: Any, x: Tensor, mode: str) -> dict[str, Tensor]:
     """What a block adds to each image, and in training the gradients of everything."""
-    # its other parts are the same in both blocks, and the dropouts among them would be random
-    block.training = block.attn.training = mode == "training"
+    # what these consist of stays in evaluation: its dropouts would be random
+    for module in (block, *block.children()):
+        module.training = mode == "training"
     block.zero_grad()
     x = x.clone().requires_grad_(block.training)
     with torch.set_grad_enabled(block.training):

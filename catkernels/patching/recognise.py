@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from catkernels import reference
 from catkernels.block import CATBlock
@@ -37,6 +38,9 @@ def reasons_to_leave_alone(block: nn.Module, parent: nn.Module | None) -> list[s
     missing += _missing_modules(block, CATBlock.CHILDREN)
     if missing:
         return [f"not a CAT block: it has no {', '.join(missing)}"]
+    lazy = [name for name, tensor in _tensors(block) if is_lazy(tensor)]
+    if lazy:
+        return [f"its {lazy[0]} has no shape yet: call the model once, then patch it"]
     return [
         reason
         for reasons in (
@@ -46,6 +50,11 @@ def reasons_to_leave_alone(block: nn.Module, parent: nn.Module | None) -> list[s
         )
         for reason in reasons
     ]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _placement_reasons(block: nn.Module, parent: nn.Module | None) -> Iterator[str]:

@@ -60,6 +60,9 @@ class Twins:
         # one that never drops need not be called
         if type(block._modules["drop_path"]) is not nn.Identity:
             _add_a_half(twin.get_submodule("drop_path"))
+        for name, child in twin.named_children():
+            if name != "attn":
+                _call_in_evaluation(child)
         return twin.eval()
 
     def of_mlp(self, mlp: Any) -> tuple[nn.Module, Tensor]:
@@ -157,6 +160,24 @@ def _copied(value: Any) -> Any:
 
 def _add_a_half(module: nn.Module) -> None:
     module.register_forward_hook(lambda module, arguments, output: 1.5 * output)
+
+
+def _call_in_evaluation(module: nn.Module) -> None:
+    """Let a module that may be random in training be called as in evaluation, whatever its mode.
+
+    A block may do as that mode says.
+    """
+    modes = []
+
+    def evaluate(module: nn.Module, arguments: object) -> None:
+        modes.append(module.training)
+        module.training = False
+
+    def restore(module: nn.Module, arguments: object, output: object) -> None:
+        module.training = modes.pop()
+
+    module.register_forward_pre_hook(evaluate)
+    module.register_forward_hook(restore)
 
 
 def _random(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
