@@ -173,8 +173,10 @@ def _print_comparison(title: str, report: PatchReport, stages: Sequence[Stage]) 
             )
         )
     was, now = sum(s.official_ms for s in stages), sum(s.patched_ms for s in stages)
-    print(row.format("total", "", "", f"{was:.2f}", f"{now:.2f}", f"{was / now:.2f}x", ""))
-    if any(stage.is_void for stage in stages):
+    is_void = any(stage.is_void for stage in stages)
+    faster = f"{was / now:.2f}x" + "*" * is_void
+    print(row.format("total", "", "", f"{was:.2f}", f"{now:.2f}", faster, ""))
+    if is_void:
         print("* void: the official operations, timed twice, differed by more than a tenth")
     print(f"the values of the maps reach {max(stage.largest_value for stage in stages):.1f}")
     for reason in sorted({block.reason for block in report.blocks if block.reason}):

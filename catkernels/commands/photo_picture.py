@@ -22,7 +22,8 @@ has a vector of features.
 Rows 1 and 2:
 how long it is.
 
-Row 3: how far both models
+Row 3:
+how far both models
 are apart in it, at most."""
 
 
