@@ -321,6 +321,26 @@ class NeverDropsWeights(Attention):
         return self.output(self.weights(scores), v)
 
 
+class WhereItsDropoutTrains(Attention):
+    def output(self, attention, v):
+        return super().output(attention, v) * (0.5 if self.proj_drop.training else 1)
+
+
+class WhereItsQkvTrains(Attention):
+    def scores(self, q, k):
+        return super().scores(q, k) * (0.5 if self.qkv.training else 1)
+
+
+class WhereItsSoftmaxTrains(Attention):
+    def weights(self, scores):
+        return super().weights(scores * (0.5 if self.softmax.training else 1))
+
+
+class WhereAnMlpsLayerTrains(Block):
+    def attended(self, x):
+        return super().attended(x) * (0.5 if self.mlp.fc1.training else 1)
+
+
 class DropsBeforeTheProjection(Attention):
     def forward(self, x):
         return self.proj(self.proj_drop(self.attend(self.qkv(x))))

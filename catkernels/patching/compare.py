@@ -32,6 +32,10 @@ LIMIT = 1e-4
 LARGEST_MAP = 2**14
 
 
+# Of a dropout that drops nothing this is true as well.
+SAME_IN_BOTH_MODES = (nn.Linear, nn.LayerNorm, nn.Identity, nn.Softmax, nn.GELU, nn.Dropout)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What came of comparing a block with ours.
@@ -184,12 +188,10 @@ def _inputs(
 
 def _results(block: Any, x: Tensor, mode: str) -> dict[str, Tensor]:
     """What a block adds to each image, and in training the gradients of everything."""
-    # what these consist of stays in evaluation: its dropouts would be random
-    for module in (block, *block.children()):
-        module.training = mode == "training"
+    training = mode == "training"
     block.zero_grad()
-    x = x.clone().requires_grad_(block.training)
-    with torch.set_grad_enabled(block.training):
+    x = x.clone().requires_grad_(training)
+    with torch.set_grad_enabled(training), _in_mode(block, training):
         # a copy, since some work in place
         output = block(x.clone())
     if not isinstance(output, Tensor) or output.shape != x.shape:
@@ -198,7 +200,7 @@ def _results(block: Any, x: Tensor, mode: str) -> dict[str, Tensor]:
         raise TypeError(f"its forward makes {what} of a tensor {tuple(x.shape)}")
     branches = (output - x).detach()
     results = {"output": branches[0], "output for a larger input": branches[1]}
-    if not block.training:
+    if not training:
         return results
     if output.requires_grad:
         # any that differ from place to place
@@ -214,6 +216,30 @@ def _results(block: Any, x: Tensor, mode: str) -> dict[str, Tensor]:
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         results[f"gradient of {name}"] = gradient
     return results
+
+
+@contextmanager
+def _in_mode(block: nn.Module, training: bool) -> Iterator[None]:
+    """Let a block and all that has the same values in both modes have this one.
+
+    Whatever else its children consist of stays in evaluation, where nothing is random; dropouts
+    drop nothing meanwhile.
+    """
+    dropouts = [module for module in block.modules() if type(module) is nn.Dropout]
+    probabilities = [dropout.p for dropout in dropouts]
+    for module in block.modules():
+        if type(module) in SAME_IN_BOTH_MODES:
+            module.training = training
+    for module in (block, *block.children()):
+        module.training = training
+    if training:
+        for dropout in dropouts:
+            dropout.p = 0.0
+    try:
+        yield
+    finally:
+        for dropout, probability in zip(dropouts, probabilities, strict=True):
+            dropout.p = probability
 
 
 def _differences(
