@@ -134,8 +134,10 @@ def test_dropout(case, dtype, device, launches):
     seed = 0x1234_5678_9ABC_DEF0
     keep = case.kept(seed)
     assert abs(keep.double().mean() - (1 - case.dropout_p)) < 0.03
+    # alone, the few weights of a draw may have plain PyTorch's table gradient near exact by luck
+    both = [(case, case.inputs(dtype, device, seed=draw)) for draw in range(2)]
     with SameDropout(seed, keep):
-        check((case, case.inputs(dtype, device)))
+        check(*both)
 
 
 DROPOUT = IPSACase("dropout", 1, 14, 14, dropout_p=0.5)
