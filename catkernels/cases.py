@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -188,7 +188,10 @@ class IPSACase:
 
 @dataclass(frozen=True)
 class CPSACase:
-    """A call of CPSA, and whether its map is float32, as under autocast, and is rounded as read."""
+    """A call of CPSA: its shape, which inputs it lacks, and whether its map stays in float32.
+
+    Such a map, as under autocast, is rounded as it is read.
+    """
 
     name: str
     batch: int
@@ -196,6 +199,8 @@ class CPSACase:
     width: int
     channels: int
     patch_size: int = 7
+    without: tuple[str, ...] = ()
+    scale: float | None = None
     dropout_p: float = 0.0
     mixed: bool = False
 
@@ -206,26 +211,29 @@ class CPSACase:
         inputs = make_cpsa_inputs(self.shape, dtype, device, seed=seed)
         if self.mixed:
             inputs["x"] = inputs["x"].float()
-        return {**inputs}
+        return inputs | dict.fromkeys(self.without)
 
-    def attend(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """By the kernels."""
+    def attend(self, x: Tensor, *weights: Any) -> Tensor:
+        """By the kernels. Of the four weights a bias may be None."""
         return cpsa.cpsa_attention(
             x,
             *weights,
             patch_size=self.patch_size,
-            scale=1 / self.patch_size,
+            scale=1 / self.patch_size if self.scale is None else self.scale,
             dropout_p=self.dropout_p,
             dtype=weights[0].dtype,
         )
 
-    def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
+    def specified(self, x: Tensor, *weights: Any) -> Tensor:
         """By the reference."""
-        x = x.to(weights[0].dtype)
         return cast(
             Tensor,
             reference.cpsa_attention(
-                x, *weights, patch_size=self.patch_size, dropout_p=self.dropout_p
+                x.to(weights[0].dtype),
+                *weights,
+                patch_size=self.patch_size,
+                scale=self.scale,
+                dropout_p=self.dropout_p,
             ),
         )
 
@@ -282,12 +290,12 @@ def converted(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     return {name: None if t is None else t.to(dtype) for name, t in inputs.items()}
 
 
-def cpsa_shape(
+def cpsa_case(
     height: int, width: int, channels: int, patch_size: int = 7, batch: int = 1
-) -> Shape:
-    """A map for CPSA, which has no heads, named by its sizes."""
+) -> CPSACase:
+    """A call of CPSA, named by its sizes."""
     name = f"b{batch}-{height}x{width}-c{channels}-n{patch_size}"
-    return Shape(name, batch, height, width, channels, num_heads=1, patch_size=patch_size)
+    return CPSACase(name, batch, height, width, channels, patch_size)
 
 
 IPSA_CASES = [
@@ -322,35 +330,35 @@ IPSA_CASES = [
 
 # P = 1, 2, 3, 4, 6, 9, 12, 16, 25, 49, 56, 64, 90, 100
 CPSA_PATCH_COUNTS = [
-    cpsa_shape(7, 7, 70, batch=2),
-    cpsa_shape(7, 14, 40),
-    cpsa_shape(21, 7, 16),
-    cpsa_shape(14, 14, 17, batch=2),
-    cpsa_shape(14, 21, 8),
-    cpsa_shape(21, 21, 9),
-    cpsa_shape(21, 28, 8),
-    cpsa_shape(28, 28, 11),
-    cpsa_shape(35, 35, 3),
-    cpsa_shape(49, 49, 2),
-    cpsa_shape(49, 56, 2),
-    cpsa_shape(56, 56, 9),
-    cpsa_shape(63, 70, 2),
-    cpsa_shape(70, 70, 1),
+    cpsa_case(7, 7, 70, batch=2),
+    cpsa_case(7, 14, 40),
+    cpsa_case(21, 7, 16),
+    cpsa_case(14, 14, 17, batch=2),
+    cpsa_case(14, 21, 8),
+    cpsa_case(21, 21, 9),
+    cpsa_case(21, 28, 8),
+    cpsa_case(28, 28, 11),
+    cpsa_case(35, 35, 3),
+    cpsa_case(49, 49, 2),
+    cpsa_case(49, 56, 2),
+    cpsa_case(56, 56, 9),
+    cpsa_case(63, 70, 2),
+    cpsa_case(70, 70, 1),
 ]
 # 512 x 512 and 800 x 1333 images: the loops over blocks of queries and keys
-CPSA_LARGE = [cpsa_shape(133, 133, 1), cpsa_shape(200, 334, 1)]
+CPSA_LARGE = [cpsa_case(133, 133, 1), cpsa_case(200, 334, 1)]
 # 1x1 maps, maps one patch wide, padding on both sides, every patch size, C = 1
 CPSA_ODD_SHAPES = [
-    cpsa_shape(1, 1, 3),
-    cpsa_shape(1, 30, 2),
-    cpsa_shape(30, 3, 9),
-    cpsa_shape(20, 13, 5, batch=2),
-    cpsa_shape(50, 64, 2),
-    cpsa_shape(3, 5, 64, patch_size=1),
-    cpsa_shape(6, 7, 9, patch_size=2),
-    cpsa_shape(9, 9, 8, patch_size=3),
-    cpsa_shape(8, 8, 1, patch_size=4),
-    cpsa_shape(11, 20, 3, patch_size=5),
-    cpsa_shape(12, 12, 5, patch_size=6),
-    cpsa_shape(17, 16, 4, patch_size=8),
+    cpsa_case(1, 1, 3),
+    cpsa_case(1, 30, 2),
+    cpsa_case(30, 3, 9),
+    cpsa_case(20, 13, 5, batch=2),
+    cpsa_case(50, 64, 2),
+    cpsa_case(3, 5, 64, patch_size=1),
+    cpsa_case(6, 7, 9, patch_size=2),
+    cpsa_case(9, 9, 8, patch_size=3),
+    cpsa_case(8, 8, 1, patch_size=4),
+    cpsa_case(11, 20, 3, patch_size=5),
+    cpsa_case(12, 12, 5, patch_size=6),
+    cpsa_case(17, 16, 4, patch_size=8),
 ]

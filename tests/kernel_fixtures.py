@@ -10,6 +10,10 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "launches_nothing: `launches` is to stay empty")
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where kernels run here: the GPU, else the CPU through Triton's interpreter."""
@@ -18,8 +22,10 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often each kernel, by name, was launched; a test must launch at least one."""
+def launches(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Counter[str]]:
+    """How often each kernel, by name, was launched; a test launches one, or is marked not to."""
     pytest.importorskip("triton")
     from catkernels.kernels.tiles import dot as any_jit_function
 
@@ -33,7 +39,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     monkeypatch.setattr(kernel_class, "run", counted)
     yield counter
-    assert counter, "no kernel ran"
+    if request.node.get_closest_marker("launches_nothing"):
+        assert not counter, "a kernel ran"
+    else:
+        assert counter, "no kernel ran"
 
 
 @pytest.fixture

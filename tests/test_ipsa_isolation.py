@@ -11,19 +11,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ipsa_cases import NAMED, converted, random_grad, results
+from kernel_cases import FP16, FP32, NAMED
 from torch import Tensor
 
-from catkernels.cases import IPSACase
+from catkernels.cases import IPSACase, converted, random_grad, results
 
 pytestmark = [
-    pytest.mark.usefixtures("round_to_nearest_bf16"),
+    pytest.mark.usefixtures("round_to_nearest_bf16", "launches"),
     # the interpreter's, of values that are not finite
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning"),
 ]
 
-FP32, FP16 = torch.float32, torch.float16
 # each in an image of its own; one more image is clean
 POISONS = list(itertools.product(("query", "key", "value", "gradient"), (math.nan, math.inf)))
 BATCH = len(POISONS) + 1
@@ -69,9 +68,9 @@ def poisoned(case: IPSACase, qkv: Tensor, grad_out: Tensor) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize(("case", "dtype"), list(calls()), ids=str)
-def test_stays_in_its_window(case, dtype, device, launches):
+def test_stays_in_its_window(case, dtype, device):
     inputs = case.inputs(dtype, device)
-    grad_out = random_grad(case, inputs["qkv"])
+    grad_out = random_grad(case.shape, inputs["qkv"])
     torch.manual_seed(0)
     clean = results(case.attend, inputs, grad_out)
     inputs["qkv"], grad_out, touched = poisoned(case, inputs["qkv"], grad_out)

@@ -6,28 +6,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ipsa_cases import PADDED, PLAIN, random_grad
+from kernel_cases import PADDED, PLAIN
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from catkernels.cases import results
+from catkernels.cases import random_grad, results
 from catkernels.ops import ipsa
 
-pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
 
 # what PyTorch sees of a call takes no more than one window, which reaches beyond the map
 WINDOW = replace(PADDED, height=6, width=5)
 
 
-def test_dropout_under_checkpointing(device, launches):
+def test_dropout_under_checkpointing(device):
     case = replace(WINDOW, dropout_p=0.5)
 
     def checkpointed(*tensors: Tensor) -> Tensor:
         return checkpoint(case.attend, *tensors, use_reentrant=False)
 
     inputs = case.inputs(torch.float32, device)
-    grad_out = random_grad(case, inputs["qkv"])
+    grad_out = random_grad(case.shape, inputs["qkv"])
     torch.manual_seed(1)
     saved = results(case.attend, inputs, grad_out)
     torch.manual_seed(1)
@@ -35,7 +35,7 @@ def test_dropout_under_checkpointing(device, launches):
         assert torch.equal(tensor, saved[name]), name
 
 
-def test_second_derivatives_are_refused(device, launches):
+def test_second_derivatives_are_refused(device):
     inputs = {k: t.requires_grad_() for k, t in WINDOW.inputs(torch.float32, device).items()}
     out = WINDOW.attend(**inputs)
     for grad_out in (torch.ones_like(out), torch.ones_like(out, requires_grad=True)):
@@ -45,7 +45,7 @@ def test_second_derivatives_are_refused(device, launches):
                 torch.autograd.grad(grad.square().sum(), inputs["qkv"], retain_graph=True)
 
 
-def test_function_transforms(device, launches):
+def test_function_transforms(device):
     """What more is asked of the functions, test_transforms.py tests."""
     inputs = WINDOW.inputs(torch.float32, device)
 
@@ -68,25 +68,25 @@ def test_function_transforms(device, launches):
     [(WINDOW, torch.float16), (replace(PLAIN, batch=1, height=7, dropout_p=0.5), torch.float32)],
     ids=str,
 )
-def test_operators_are_sound(case, dtype, device, launches):
+def test_operators_are_sound(case, dtype, device):
     inputs = list(case.inputs(dtype, device).values())
     seed = torch.tensor([1], device=device) if case.dropout_p else None
     problem = (case.num_heads, case.patch_size, 0.2, case.dropout_p)
     operators = torch.ops.catkernels
     torch.library.opcheck(operators.ipsa_forward, (*inputs, seed, True, *problem))
     _, lse = operators.ipsa_forward(*inputs, seed, dtype != torch.float32, *problem)
-    arguments = (random_grad(case, inputs[0]), *inputs, seed, lse, case.padded, *problem)
+    arguments = (random_grad(case.shape, inputs[0]), *inputs, seed, lse, case.padded, *problem)
     torch.library.opcheck(operators.ipsa_backward, arguments)
 
 
-def test_compiles_to_one_graph(device, launches):
+def test_compiles_to_one_graph(device):
     case = replace(WINDOW, dropout_p=0.5)
     torch._dynamo.reset()
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     compiled = torch.compile(case.attend, fullgraph=True, backend=backend)
     for batch in (2, 3, 4):
         inputs = replace(case, batch=batch).inputs(torch.float32, device)
-        grad_out = random_grad(replace(case, batch=batch), inputs["qkv"])
+        grad_out = random_grad(replace(case, batch=batch).shape, inputs["qkv"])
         # the first other batch size recompiles for batch sizes that vary; no other may
         with (
             torch._dynamo.config.patch(error_on_recompile=batch > 3),
@@ -101,7 +101,7 @@ def test_compiles_to_one_graph(device, launches):
         torch.testing.assert_close(actual, expected)
 
 
-def test_exports(device, launches):
+def test_exports(device):
     class Attention(torch.nn.Module):
         def forward(self, qkv: Tensor, bias_table: Tensor, qkv_bias: Tensor) -> Tensor:
             return WINDOW.attend(qkv, bias_table, qkv_bias)
@@ -112,18 +112,19 @@ def test_exports(device, launches):
 
 
 @pytest.mark.parametrize("case", [PLAIN, PADDED], ids=str)
-def test_counts_flops(case, device, launches):
+def test_counts_flops(case, device):
     """As many as of the reference's products, and a third product of the backward pass."""
 
     def flops(attend) -> int:
         inputs = case.inputs(torch.float32, device)
         with FlopCounterMode(display=False) as counter:
-            results(attend, inputs, random_grad(case, inputs["qkv"]))
+            results(attend, inputs, random_grad(case.shape, inputs["qkv"]))
         return counter.get_total_flops()
 
     assert flops(case.attend) * 6 == flops(case.specified) * 7
 
 
+@pytest.mark.launches_nothing
 def test_unsupported_reasons(device):
     def reasons(**changes) -> list[str]:
         call = {"device": device, "dtype": torch.float32, "head_dim": 32, "patch_size": 7}
@@ -144,10 +145,10 @@ def test_unsupported_reasons(device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_in_a_cuda_graph(device, launches):
+def test_in_a_cuda_graph(device):
     case = replace(PADDED, batch=64)
     inputs = case.inputs(torch.bfloat16, device)
-    grad_out = random_grad(case, inputs["qkv"])
+    grad_out = random_grad(case.shape, inputs["qkv"])
     expected = results(case.attend, inputs, grad_out)
     static = {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
     graph = torch.cuda.CUDAGraph()

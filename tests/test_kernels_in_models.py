@@ -16,7 +16,7 @@ import catkernels
 from catkernels import official
 from catkernels.accuracy import assert_within_error_budget, tf32_products
 
-pytestmark = pytest.mark.usefixtures("tf32_on_gpus")
+pytestmark = pytest.mark.usefixtures("tf32_on_gpus", "launches")
 
 
 def build(kind: str, device: torch.device):
@@ -73,7 +73,7 @@ def test_models_train_as_on_the_reference(kind, device, launches):
 @pytest.mark.parametrize(
     "dtype", [pytest.param(torch.float16, marks=pytest.mark.full), torch.bfloat16], ids=str
 )
-def test_autocast(dtype, device, launches):
+def test_autocast(dtype, device):
     model, images = build("classifier", device)
     reference = with_backend(model, "reference")
     results = []
@@ -85,7 +85,7 @@ def test_autocast(dtype, device, launches):
 
 
 @pytest.mark.usefixtures("round_to_nearest_bf16")
-def test_half_parameters(device, launches):
+def test_half_parameters(device):
     model, images = build("backbone", device)
     model.bfloat16()
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def test_half_parameters(device, launches):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
-def test_checkpointing_repeats_the_dropout(attention, use_reentrant, device, launches):
+def test_checkpointing_repeats_the_dropout(attention, use_reentrant, device):
     block = catkernels.CATBlock(
         32, 2, attn_type=attention, attn_drop=0.3, drop=0.1, drop_path=0.2, backend="triton"
     ).to(device)
@@ -117,7 +117,7 @@ def test_checkpointing_repeats_the_dropout(attention, use_reentrant, device, lau
 
 
 @pytest.mark.parametrize("attention", ["ipsa", "cpsa"])
-def test_deterministic_algorithms_are_no_obstacle(attention, device, launches, monkeypatch):
+def test_deterministic_algorithms_are_no_obstacle(attention, device, monkeypatch):
     block = catkernels.CATBlock(32, 2, attn_type=attention, backend="triton").to(device)
     x = torch.randn(2, 9, 7, 32, device=device)
     # without it PyTorch refuses the products of linear layers on NVIDIA's devices
@@ -149,7 +149,7 @@ def maps_saved(block: torch.nn.Module, x: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("attention", "maps"), [("ipsa", 5), ("cpsa", 2)])
-def test_what_a_block_saves_for_its_backward_pass(attention, maps, device, launches):
+def test_what_a_block_saves_for_its_backward_pass(attention, maps, device):
     """IPSA: the norm's input, q, k, v and proj's input. CPSA: the norm's input and output."""
     block = catkernels.CATBlock(64, 2, attn_type=attention, backend="triton")
     theirs = official.CATBlock(
@@ -182,7 +182,7 @@ def test_an_unpadded_child_with_a_hook_still_reaches_the_kernels_or_says_so(
             block(x)
 
 
-def test_a_gradient_penalty_is_refused(device, launches):
+def test_a_gradient_penalty_is_refused(device):
     """The incoming gradient is a constant here, which `once_differentiable` would let pass."""
     model = official.CAT(**ONE_STAGE).to(device)
     catkernels.patch(model, backend="triton")

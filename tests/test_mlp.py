@@ -24,7 +24,7 @@ from catkernels.ops.linear import add_branch, per_image
 from catkernels.ops.mlp import fused_mlp, fused_reasons, split_mlp
 from catkernels.torch_state.precision import compute_dtype
 
-pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16")
+pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
 
 # The first image's branch is dropped.
 FACTORS = torch.tensor([0.0, 1.25, 1.25])
@@ -60,7 +60,7 @@ def assert_mlp_is_right(call, modules, x, mode, dropped=True):
 
 @pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
 @pytest.mark.parametrize("shape", sampled(SHAPES, MORE_SHAPES), ids=str)
-def test_one_kernel(shape, mode, device, launches, poisoned_memory):
+def test_one_kernel(shape, mode, device, launches):
     assert_mlp_is_right(fused_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
     assert launches["mlp_forward_kernel"] == 1
     assert launches["mlp_backward_kernel"] == (shape[-1] <= 96)
@@ -68,7 +68,7 @@ def test_one_kernel(shape, mode, device, launches, poisoned_memory):
 
 @pytest.mark.parametrize("mode", [BFLOAT16, AUTOCAST], ids=str)
 @pytest.mark.parametrize("shape", sampled([(3, 25, 96)], [(3, 45, 64)]), ids=str)
-def test_resident_weights(shape, mode, device, launches, poisoned_memory):
+def test_resident_weights(shape, mode, device, launches):
     """Two programs with several tiles each, as some GPUs launch it."""
     from catkernels.kernels.dense.launch import MlpLaunch, mlp_forward_launch
     from catkernels.kernels.launch import overriding
@@ -85,7 +85,7 @@ def test_resident_weights(shape, mode, device, launches, poisoned_memory):
 
 @pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
 @pytest.mark.parametrize("shape", sampled([(3, 7, 96)], [(3, 50, 32), (3, 7, 384)]), ids=str)
-def test_between_products(shape, mode, device, launches, poisoned_memory):
+def test_between_products(shape, mode, device, launches):
     assert_mlp_is_right(split_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
     assert launches["bias_gelu_backward_kernel"] == 1
 
@@ -118,28 +118,28 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_what_is_absent_or_frozen(call, change, device, launches, poisoned_memory):
+def test_what_is_absent_or_frozen(call, change, device):
     modules = half_block(32, hidden=64)
     change(modules)
     assert_mlp_is_right(call, modules, rows(3, 20, 32).to(device), FLOAT32)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_without_drop_path(call, device, launches):
+def test_without_drop_path(call, device):
     x = rows(3, 20, 32).to(device)
     for mode in (FLOAT32, AUTOCAST):
         assert_mlp_is_right(call, half_block(32, hidden=64), x, mode, dropped=False)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_dropped_branch_leaves_its_image_as_it_is(call, device, launches):
+def test_a_dropped_branch_leaves_its_image_as_it_is(call, device):
     modules, x = half_block(32, hidden=64).to(device), rows(3, 20, 32).to(device)
     found = results(ours(call), modules, x, FLOAT32)
     assert torch.equal(found["output 0"][0], x[0])
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_nothing_is_kept_where_nothing_learns(call, device, launches):
+def test_nothing_is_kept_where_nothing_learns(call, device):
     modules, x = half_block(32, hidden=64).to(device), rows(2, 20, 32).to(device)
     with torch.no_grad():
         expected = call(x, *modules.values(), None)
@@ -149,12 +149,13 @@ def test_nothing_is_kept_where_nothing_learns(call, device, launches):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_results_are_the_same_bits_from_run_to_run(call, device, launches):
+def test_results_are_the_same_bits_from_run_to_run(call, device):
     modules, x = half_block(32).to(device), rows(3, 45, 32).to(device)
     first, second = (results(ours(call), modules, x, AUTOCAST) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_no_rows(call, device):
     modules = half_block(32, hidden=64).to(device)
@@ -165,7 +166,7 @@ def test_no_rows(call, device):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_row_that_is_not_finite_spoils_no_other(call, device, launches):
+def test_a_row_that_is_not_finite_spoils_no_other(call, device):
     modules, x = half_block(32, hidden=64).requires_grad_(False).to(device), rows(1, 40, 32)
     x = x.to(device)
     clean = results(ours(call, False), modules, x, AUTOCAST)
@@ -178,7 +179,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(call, device, launches):
 
 
 @pytest.mark.parametrize("values", ["large", "small"])
-def test_hidden_units_of_any_size(values, device, launches):
+def test_hidden_units_of_any_size(values, device):
     """GELU of what is far out, and of what is near zero."""
     modules = half_block(32, hidden=64)
     with torch.no_grad():
@@ -201,7 +202,7 @@ def kept(call, modules: nn.ModuleDict, x: Tensor) -> list[Tensor]:
     return [tensor for place, tensor in tensors.items() if place not in parameters]
 
 
-def test_what_is_kept(device, launches):
+def test_what_is_kept(device):
     """One map by the one kernel; nine between products, where a hidden unit is a quarter of 4."""
     modules, x = half_block(32).to(device), rows(3, 20, 32).to(device).requires_grad_()
     for call, maps in ((fused_mlp, 1), (split_mlp, 9)):
@@ -210,7 +211,7 @@ def test_what_is_kept(device, launches):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_second_derivatives_are_refused(call, device, launches):
+def test_second_derivatives_are_refused(call, device):
     modules, x = half_block(32, hidden=64).to(device), rows(2, 20, 32).to(device).requires_grad_()
     output = call(x, *modules.values(), None)
     (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
@@ -234,7 +235,7 @@ def test_operators(device):
         torch.library.opcheck(operators.bias_gelu_backward, (h, h, bias, *needs))
 
 
-def test_flops_are_those_of_the_products(device, launches):
+def test_flops_are_those_of_the_products(device):
     modules, x = half_block(32).to(device), rows(3, 20, 32).to(device).requires_grad_()
     counted = []
     for call in (lambda: official()(modules, x), lambda: ours(fused_mlp)(modules, x)):
@@ -250,6 +251,7 @@ def test_flops_are_those_of_the_products(device, launches):
     assert our_backward == backward + forward // 2 + ones
 
 
+@pytest.mark.launches_nothing
 def test_reasons():
     usual = {"products": torch.bfloat16, "shape": torch.Size((384, 96))}
     assert fused_reasons(**usual) == []
@@ -262,6 +264,7 @@ def test_reasons():
         assert reason in found
 
 
+@pytest.mark.launches_nothing
 def test_the_branch_is_added_in_one_pass_each_way(device):
     x = rows(3, 20, 32).to(device).requires_grad_()
     branch = rows(3, 20, 32, seed=5).to(device).bfloat16().requires_grad_()

@@ -20,7 +20,7 @@ from torch import nn
 from catkernels.ops.norm import norm_linear_residual, norm_residual, unsupported_reasons
 from catkernels.torch_state.precision import compute_dtype
 
-pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16")
+pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
 
 # None fills its tiles; the second has several of them.
 SHAPES = [(3, 7, 7, 32), (2, 200, 40), (2, 45, 96), (9, 384)]
@@ -52,13 +52,13 @@ def official_projection(modules, x):
 
 @pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
 @pytest.mark.parametrize("shape", sampled(SHAPES, MORE_SHAPES), ids=str)
-def test_norm(shape, mode, device, launches, poisoned_memory):
+def test_norm(shape, mode, device):
     assert_right(norm, official_norm, half_block(shape[-1]), rows(*shape).to(device), mode)
 
 
 @pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
 @pytest.mark.parametrize("shape", sampled(SHAPES[:1], SHAPES[1:]), ids=str)
-def test_norm_and_linear_layer(shape, mode, device, launches, poisoned_memory):
+def test_norm_and_linear_layer(shape, mode, device):
     modules = half_block(shape[-1], hidden=24)
     assert_right(projection, official_projection, modules, rows(*shape).to(device), mode)
 
@@ -84,7 +84,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_is_absent_or_frozen(change, device, launches, poisoned_memory):
+def test_what_is_absent_or_frozen(change, device):
     modules = half_block(32, hidden=24)
     change(modules)
     for ours, official in ((norm, official_norm), (projection, official_projection)):
@@ -93,7 +93,7 @@ def test_what_is_absent_or_frozen(change, device, launches, poisoned_memory):
 
 @pytest.mark.parametrize("call", [norm, projection])
 @pytest.mark.parametrize("used", [0, 1], ids=["the norm's output", "the residual"])
-def test_one_gradient_may_be_absent(call, used, device, launches):
+def test_one_gradient_may_be_absent(call, used, device):
     official = {norm: official_norm, projection: official_projection}[call]
     modules, x = half_block(32), rows(2, 40, 32).to(device)
     assert_right(
@@ -106,7 +106,7 @@ def test_one_gradient_may_be_absent(call, used, device, launches):
 
 
 @pytest.mark.parametrize("call", [norm, projection])
-def test_nothing_is_kept_where_nothing_learns(call, device, launches):
+def test_nothing_is_kept_where_nothing_learns(call, device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device)
     with torch.no_grad():
         expected = call(modules, x)
@@ -116,12 +116,13 @@ def test_nothing_is_kept_where_nothing_learns(call, device, launches):
 
 
 @pytest.mark.parametrize("call", [norm, projection])
-def test_results_are_the_same_bits_from_run_to_run(call, device, launches):
+def test_results_are_the_same_bits_from_run_to_run(call, device):
     modules, x = half_block(64).to(device), rows(3, 100, 64).to(device)
     first, second = (results(call, modules, x, AUTOCAST) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.launches_nothing
 @pytest.mark.parametrize("call", [norm, projection])
 def test_no_rows(call, device):
     modules = half_block(32).to(device)
@@ -132,7 +133,7 @@ def test_no_rows(call, device):
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_any_strides(device, launches):
+def test_any_strides(device):
     """Of the map, and of a gradient that is expanded."""
     modules = half_block(32).to(device)
     x = rows(2, 32, 7, 9).to(device).permute(0, 2, 3, 1)
@@ -144,7 +145,7 @@ def test_any_strides(device, launches):
     torch.testing.assert_close(gradients(projection), gradients(official_projection))
 
 
-def test_a_row_that_is_not_finite_spoils_no_other(device, launches):
+def test_a_row_that_is_not_finite_spoils_no_other(device):
     x = rows(40, 32).to(device)
     clean = results(norm, half_block(32).requires_grad_(False), x, FLOAT32)
     x[17, 3] = float("nan")
@@ -155,7 +156,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(device, launches):
         assert tensor[17].isnan().any()
 
 
-def test_only_x_is_kept(device, launches):
+def test_only_x_is_kept(device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -172,7 +173,7 @@ def test_gradients_come_in_one_launch(device, launches):
 
 
 @pytest.mark.parametrize("call", [norm, projection])
-def test_second_derivatives_are_refused(call, device, launches):
+def test_second_derivatives_are_refused(call, device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device).requires_grad_()
     (gradient,) = torch.autograd.grad(call(modules, x)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'norms cannot be differentiated twice.*"reference"'):
@@ -191,6 +192,7 @@ def test_operators(device):
     )
 
 
+@pytest.mark.launches_nothing
 def test_reasons(device):
     usual = {"device": device, "dtypes": {torch.float32, torch.bfloat16}, "channels": 96}
     assert unsupported_reasons(**usual) == []
