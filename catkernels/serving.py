@@ -25,6 +25,7 @@ from catkernels.ops import norm as norms
 from catkernels.ops.operator import needs_grad
 from catkernels.parts import MlpParts, is_plain_linear
 from catkernels.torch_state import hooks, transforms
+from catkernels.torch_state.device import device_reasons
 from catkernels.torch_state.precision import autocast_is_on, compute_dtype
 from catkernels.torch_state.tensors import is_wrapper
 
@@ -36,6 +37,8 @@ def call_reasons(x: Tensor, backend: Backend) -> list[str]:
         reasons.append("asked for the reference")
     if backend == "auto" and x.device.type == "cpu":
         reasons.append("on a CPU the kernels are only interpreted")
+    else:
+        reasons += device_reasons(x.device)
     if hooks.has_global_hooks():
         reasons.append("a hook listens to all modules")
     if transforms.is_tracing():
