@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from catkernels import reference
 from catkernels.adopted import StandIn
 from catkernels.arguments import Backend, check_patch_size
+from catkernels.layers import DropPath, Mlp
 from catkernels.modules import (
     CPSA,
     IPSA,
-    DropPath,
-    Mlp,
     check_floating,
     check_input,
     cpsa_layer,

@@ -198,47 +198,6 @@ class CPSA(_Attention):
         return output if attention is None else (output, attention)
 
 
-class Mlp(nn.Module):
-    """``fc2(act(fc1(x)))``, (.., C) -> the same, with dropout after each of the two halves."""
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
-        drop: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(check_probability("drop", drop))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, zero the branch of an image with probability ``drop_prob``.
-
-    Tensors (B, ..) keep their shape; what remains is scaled by ``1 / (1 - drop_prob)``.
-    """
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = check_probability("drop_path", drop_prob)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.drop_prob:
-            return x
-        keep = 1 - self.drop_prob
-        mask = torch.empty(x.shape[0], *(1,) * (x.dim() - 1), dtype=x.dtype, device=x.device)
-        return x * mask.bernoulli_(keep).div_(keep)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"
-
-
 def ipsa_layer(
     attn: AttentionParts,
     x: Tensor,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from catkernels import cat
 from catkernels.cat import CATOptions
-from catkernels.modules import DropPath, Mlp
+from catkernels.layers import DropPath, Mlp
 from catkernels.reference import relative_position_index, to_map
 
 if TYPE_CHECKING:

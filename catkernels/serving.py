@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from catkernels.arguments import Backend
-from catkernels.modules import DropPath
+from catkernels.layers import DropPath
 from catkernels.ops import mlp as mlps
 from catkernels.ops import norm as norms
 from catkernels.ops.operator import needs_grad

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from catkernels import cat
 from catkernels.block import CATBlock
+from catkernels.layers import PatchEmbedding, PatchProjection, add_position_embedding
 
 try:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -50,9 +51,9 @@ except (RuntimeError, AttributeError) as error:
 __all__ = ["CAT", "cat_base", "cat_small", "cat_tiny"]
 
 # What `torch.fx` must call and not trace, since it asks for the sizes of a map.
-for module in (CATBlock, cat.PatchEmbedding, cat.PatchProjection):
+for module in (CATBlock, PatchEmbedding, PatchProjection):
     register_notrace_module(module)
-register_notrace_function(cat.add_position_embedding)
+register_notrace_function(add_position_embedding)
 
 # The official evaluation: the shorter side to 256 pixels, of which the middle 224 x 224 are seen.
 # There is no source of weights: none are hosted in the present layout of the official code.

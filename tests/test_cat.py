@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import catkernels
 from catkernels import official
-from catkernels.cat import VARIANTS, add_position_embedding
+from catkernels.cat import VARIANTS
+from catkernels.layers import add_position_embedding
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = ["classification_112", "classification_shrunk_patch", "backbone_padded"]
@@ -112,14 +113,6 @@ def test_slice_embedding_is_the_convolution_of_its_pixels():
     images = torch.randn(1, 3, 16, 12)
     expected = torch.nn.functional.conv2d(images, kernel, embedding.proj.bias, stride=4)
     torch.testing.assert_close(embedding(images), expected.permute(0, 2, 3, 1))
-
-
-def test_patch_projection_orders_its_neighbours():
-    projection = catkernels.cat.PatchProjection(1, norm_layer=lambda _: torch.nn.Identity())
-    with torch.no_grad():
-        projection.reduction.weight.copy_(torch.eye(4)[:2])
-    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 2, 2, 1)
-    assert projection(x).flatten().tolist() == [1.0, 3.0]
 
 
 def test_position_embedding_is_resized_with_the_image():
