@@ -22,6 +22,7 @@ from catkernels.kernels.launch import (
     Launch,
     MapProblem,
     dot_precision,
+    next_power_of_2,
 )
 
 _TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -71,7 +72,7 @@ class Problem(MapProblem):
     @property
     def fills_tiles(self) -> bool:
         """Whether the patches are as many as a tile of them holds: a power of two."""
-        return triton.next_power_of_2(self.num_patches) == self.num_patches
+        return next_power_of_2(self.num_patches) == self.num_patches
 
     @property
     def wide(self) -> bool:
@@ -131,7 +132,7 @@ def _most_groups(problem: Problem, backward: bool) -> int:
 
 def _block_c(problem: Problem, backward: bool) -> int:
     """Channels of a map tile: 16 bytes of neighbours if it may have so many groups, or a group."""
-    one_group = TILE // triton.next_power_of_2(problem.num_patches)
+    one_group = TILE // next_power_of_2(problem.num_patches)
     most = _most_groups(problem, backward) * one_group
     return max(min(16 // problem.dtype.itemsize, most), one_group)
 
@@ -147,7 +148,7 @@ class TileLaunch(Launch):
     @classmethod
     def of(cls, problem: Problem, block_c: int, num_warps: int, **options) -> TileLaunch:
         """A launch that fetches nothing in stages, on tiles of ``block_c`` channels."""
-        patches = triton.next_power_of_2(problem.num_patches)
+        patches = next_power_of_2(problem.num_patches)
         # of 16 patches a thread's share is the rows of 8 pixels
         return cls(num_warps, 1, block_c, max(patches // 16, 1), min(patches, 16), **options)
 
@@ -205,7 +206,7 @@ def backward_passes(problem: Problem) -> tuple[BackwardPass, ...]:
             # one pass of TF32 spills (70 bytes on Hopper)
             passes = (("x",), ("score", "value"))
     # one group leaves registers for the next tile
-    one_group = block_c * triton.next_power_of_2(problem.num_patches) == TILE
+    one_group = block_c * next_power_of_2(problem.num_patches) == TILE
     ahead = one_group and len(passes) == 1 and problem.num_patches > 1
     return tuple(
         BackwardPass.of(problem, block_c, num_warps, gives=gives, ahead=ahead) for gives in passes

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from catkernels.kernels.launch import BLACKWELL, CDNA, HOPPER, Launch, Problem, dot_precision
+from catkernels.kernels.launch import (
+    BLACKWELL,
+    CDNA,
+    HOPPER,
+    Launch,
+    Problem,
+    dot_precision,
+    next_power_of_2,
+)
 
 # Arguments of the kernels that change from batch to batch and are not compiled for.
 COUNTS = ("num_rows", "rows_per_image")
@@ -43,7 +50,7 @@ class NormProblem(Problem):
 
     @property
     def block_c(self) -> int:
-        return triton.next_power_of_2(self.channels)
+        return next_power_of_2(self.channels)
 
     def arguments(self, eps: float) -> dict[str, int | float]:
         """The arguments by value and the constants that both kernels take."""
