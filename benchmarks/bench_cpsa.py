@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import catkernels
-from benchmarks import attention, harness
+from benchmarks import harness, operation
 from benchmarks.roofline import cpsa_backward_work, cpsa_forward_work
 from catkernels import official
 from catkernels.arguments import Backend
@@ -66,10 +66,10 @@ def served_by(shape: Shape, inputs: Inputs) -> str:
     reasons = catkernels.unsupported_reasons(
         catkernels.cpsa_attention, **inputs, patch_size=shape.patch_size
     )
-    return attention.serving(reasons)
+    return operation.serving(reasons)
 
 
-CPSA = attention.Attention(
+CPSA = operation.Operation(
     name="cpsa",
     make_inputs=make_cpsa_inputs,
     providers={
@@ -85,8 +85,8 @@ CPSA = attention.Attention(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    attention.parametrize(metafunc, CPSA)
+    operation.parametrize(metafunc, CPSA)
 
 
-def test_cpsa(benchmark, case: attention.Case, provider: str):
-    attention.run(benchmark, CPSA, case, provider)
+def test_cpsa(benchmark, case: operation.Case, provider: str):
+    operation.run(benchmark, CPSA, case, provider)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import catkernels
-from benchmarks import attention, harness
+from benchmarks import harness, operation
 from benchmarks.clock import DEVICE
 from benchmarks.roofline import ipsa_backward_work, ipsa_forward_work
 from catkernels import official
@@ -110,10 +110,10 @@ def served_by(shape: Shape, inputs: Inputs) -> str:
         num_heads=shape.num_heads,
         patch_size=shape.patch_size,
     )
-    return attention.serving(reasons)
+    return operation.serving(reasons)
 
 
-IPSA = attention.Attention(
+IPSA = operation.Operation(
     name="ipsa",
     make_inputs=make_inputs,
     providers={
@@ -130,8 +130,8 @@ IPSA = attention.Attention(
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    attention.parametrize(metafunc, IPSA)
+    operation.parametrize(metafunc, IPSA)
 
 
-def test_ipsa(benchmark, case: attention.Case, provider: str):
-    attention.run(benchmark, IPSA, case, provider)
+def test_ipsa(benchmark, case: operation.Case, provider: str):
+    operation.run(benchmark, IPSA, case, provider)

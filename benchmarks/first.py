@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import attention, bench_model, harness, prebuild, predictions, report, roofline
+from benchmarks import bench_model, harness, operation, prebuild, predictions, report, roofline
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.candidates import Candidate
@@ -44,7 +44,8 @@ CHECKED_BY = 0.6  # of the time: a self-check that hangs must leave some to the 
 ROUNDS = 10
 LAUNCHES = 200
 ATTENTIONS = {"ipsa": IPSA, "cpsa": CPSA}
-DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16
+PRECISION = "float32" if DEVICE.type == "cpu" else "bfloat16"
+DTYPE = getattr(torch, PRECISION)
 TRIAL_REPEATED = (
     IPSACase("tiny", 1, 7, 9, num_heads=1, head_dim=16),
     CPSACase("tiny", 1, 7, 14, 4),
@@ -78,11 +79,11 @@ def steps(target: object, trial: bool) -> Iterator[Step]:
 
 
 def _attention_steps(target: object, trial: bool, *, compiled: bool) -> Iterator[Step]:
-    shapes = [attention.TRIAL_SHAPE] if trial else cat_stages("small", batch=256)
+    shapes = [operation.TRIAL_SHAPE] if trial else cat_stages("small", batch=256)
     for stage, shape in enumerate(shapes, 1):
         for name in ATTENTIONS:
             for direction in ("forward", "backward"):
-                case = attention.Case("stages", shape, DTYPE, direction)
+                case = operation.Case("stages", shape, PRECISION, direction)
                 if compiled:
                     run = functools.partial(time_attention, name, case, "compiled")
                     yield Step(f"{name} {shape} {direction} compiled", run)
@@ -147,12 +148,12 @@ def repeat(case, dtype: torch.dtype, launches: int, target: object) -> list[dict
 
 
 def time_attention(
-    name: str, case: attention.Case, provider: str, candidate: Candidate | None = None
+    name: str, case: operation.Case, provider: str, candidate: Candidate | None = None
 ) -> list[dict]:
     """One provider's row of the sweep over stages; a candidate launch's has its ``launch``."""
     stopwatch = harness.Stopwatch()
     with harness.own_stream(), (candidate or Candidate("")).launched(), _gradients_can_repeat():
-        attention.run(stopwatch, ATTENTIONS[name], case, provider, rounds=ROUNDS)
+        operation.run(stopwatch, ATTENTIONS[name], case, provider, rounds=ROUNDS)
     row = stopwatch.extra_info
     if candidate is not None and candidate.launch is not None:
         row |= {"provider": "candidate", "launch": str(candidate), "table": candidate.table}

@@ -25,14 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness
-from benchmarks.attention import (
-    Attention,
-    make_leaves,
-    official_results,
-    results,
-    workload,
-)
+from benchmarks import harness, operation
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_cpsa import catkernels_provider as cpsa_provider
 from benchmarks.bench_ipsa import IPSA
@@ -69,7 +62,7 @@ COMPILED_IMAGES = 16
 class Problem:
     """What a launch is looked up for."""
 
-    attention: Attention
+    attention: operation.Operation
     direction: str  # "forward" or "backward"
     shape: Shape
     precision: str
@@ -139,7 +132,7 @@ def tune(problem: Problem, trials: list[Candidate], failures: dict, rounds: int)
         The table, the shipped launch, and of each candidate its ``ms`` or why it has none.
     """
     with _computing_in(problem):
-        inputs = make_leaves(problem.attention, problem.shape, problem.dtype)
+        inputs = operation.make_leaves(problem.attention, problem.shape, problem.dtype)
         attend = PROVIDERS[problem.attention](problem.shape, inputs)
         runs, reasons = {}, {c: failures[problem, c] for c in trials if (problem, c) in failures}
         for candidate in trials:
@@ -148,7 +141,7 @@ def tune(problem: Problem, trials: list[Candidate], failures: dict, rounds: int)
             with candidate.launched():
                 try:
                     _judge(problem, attend, inputs)
-                    run = workload(problem.direction, attend, inputs)
+                    run = operation.workload(problem.direction, attend, inputs)
                     runs[candidate], _ = harness.captured(run)
                 except Exception as error:
                     # whatever a compiler or driver raises, it only means that it is out
@@ -170,14 +163,13 @@ def _described(error: Exception) -> str:
 
 
 def _judge(problem: Problem, attend: Callable[[], torch.Tensor], inputs: dict) -> None:
-    with_gradients = problem.direction == "backward"
+    dtype = str(problem.dtype).removeprefix("torch.")
+    case = operation.Case("", problem.shape, dtype, problem.direction)
     official, truth = (
-        official_results(
-            problem.attention, problem.shape, problem.dtype, computed_in, with_gradients
-        )
+        operation.official_results(problem.attention, case, computed_in)
         for computed_in in (problem.dtype, torch.float64)
     )
-    harness.judge(results(attend, inputs, with_gradients), official, truth)
+    harness.judge(operation.results(attend, inputs, case.with_gradients), official, truth)
 
 
 def times_in_turn(runs: dict[Candidate, Callable], rounds: int) -> dict[Candidate, float]:
@@ -197,10 +189,10 @@ def times_in_turn(runs: dict[Candidate, Callable], rounds: int) -> dict[Candidat
 @contextlib.contextmanager
 def _computing_in(problem: Problem) -> Iterator[None]:
     # the official results of the same dtype are others
-    official_results.cache_clear()
+    operation.official_results.cache_clear()
     with products(problem.tf32):
         yield
-    official_results.cache_clear()
+    operation.official_results.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import catkernels.cpu
-from benchmarks import attention, figures, harness, report, roofline, tune
+from benchmarks import figures, harness, operation, report, roofline, tune
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.candidates import Candidate, candidates, looked_up
@@ -82,7 +82,7 @@ class Stopwatch(SimpleNamespace):
         self.stats = SimpleNamespace(stats=SimpleNamespace(data=[2.0, 1.0, 4.0]))
 
 
-def with_a_wrong(provider: str, subject: attention.Attention) -> attention.Attention:
+def with_a_wrong(provider: str, subject: operation.Operation) -> operation.Operation:
     """The attention with one provider whose results are a thousandth off."""
 
     def wrong(shape, inputs):
@@ -99,12 +99,12 @@ both = pytest.mark.parametrize("subject", [IPSA, CPSA], ids=lambda subject: subj
 @pytest.mark.parametrize("direction", ["forward", "backward", "step"])
 @pytest.mark.parametrize("provider", ["sdpa", "catkernels"])
 def test_a_right_provider_is_timed(subject, direction, provider, monkeypatch):
-    monkeypatch.setattr(attention, "ROUNDS", 2)
+    monkeypatch.setattr(operation, "ROUNDS", 2)
     monkeypatch.setattr(roofline, "ceilings", lambda dtype: Ceilings(1.0, 1.0))
-    case = attention.Case("trial", attention.TRIAL_SHAPE, torch.float32, direction)
+    case = operation.Case("trial", operation.TRIAL_SHAPE, "float32", direction)
     stopwatch = Stopwatch()
     with harness.own_stream():
-        attention.run(stopwatch, subject, case, provider)
+        operation.run(stopwatch, subject, case, provider)
     assert len(stopwatch.timed) == 1
     info = stopwatch.extra_info
     assert info["provider"] == provider
@@ -114,11 +114,11 @@ def test_a_right_provider_is_timed(subject, direction, provider, monkeypatch):
 @both
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_wrong_provider_gets_no_number(subject, direction):
-    case = attention.Case("trial", attention.TRIAL_SHAPE, torch.float32, direction)
+    case = operation.Case("trial", operation.TRIAL_SHAPE, "float32", direction)
     for provider, outcome in (("catkernels", AssertionError), ("sdpa", pytest.skip.Exception)):
         stopwatch = Stopwatch()
         with pytest.raises(outcome, match="over the budget"):
-            attention.run(stopwatch, with_a_wrong(provider, subject), case, provider)
+            operation.run(stopwatch, with_a_wrong(provider, subject), case, provider)
         assert not stopwatch.timed
 
 
@@ -140,9 +140,9 @@ def test_inference_on_a_cpu_is_what_users_get(subject, monkeypatch):
         return fast(*args, **options)
 
     monkeypatch.setattr(catkernels.cpu, f"{subject.name}_attention", counted)
-    leaves = attention.make_leaves(subject, attention.TRIAL_SHAPE, torch.float32)
-    attend = subject.providers["catkernels"](attention.TRIAL_SHAPE, leaves)
-    attention.workload("forward", attend, leaves)()
+    leaves = operation.make_leaves(subject, operation.TRIAL_SHAPE, torch.float32)
+    attend = subject.providers["catkernels"](operation.TRIAL_SHAPE, leaves)
+    operation.workload("forward", attend, leaves)()
     assert calls
 
 
