@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def device() -> torch.device:
+def device(quick_interpreter: None) -> torch.device:
     """Where kernels run here: the GPU, else the CPU through Triton's interpreter."""
-    pytest.importorskip("triton")
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -55,6 +56,25 @@ def tf32_on_gpus() -> Iterator[None]:
         torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Spare the interpreter what it does in vain, which is half of its time."""
+    tl = pytest.importorskip("triton.language")
+    from triton.runtime import interpreter
+
+    # whether integers overflow is worked out, and asserted only in a mode for debugging
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    # the language is replaced anew for every function that a kernel calls: once is enough
+    languages = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    replaced = interpreter._patch_lang(languages)
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
+    # 262 programs that each sum a few numbers; in blocks of any size the sums are the same
+    monkeypatch.setattr("catkernels.kernels.cpsa.weights.SUM_BLOCK", 1024)
+    yield
+    replaced.restore()
 
 
 @pytest.fixture

@@ -182,6 +182,19 @@ def test_any_chunking_gives_the_same_bits(case, architecture, device, monkeypatc
         assert torch.equal(chunked[name], first[name]), name
 
 
+@pytest.mark.parametrize("case", [CPSA_PATCH_COUNTS[3], CPSA_PATCH_COUNTS[12]], ids=by_patches)
+def test_sums_in_blocks_of_any_size_give_the_same_bits(case, device, monkeypatch):
+    """32 as on GPUs, 1024 as in the other tests, where every program costs the interpreter time."""
+    inputs = case.inputs(FP16, device)
+    grad_out = random_grad(case.shape, inputs["x"])
+    by_block = []
+    for block in (32, 1024):
+        monkeypatch.setattr("catkernels.kernels.cpsa.weights.SUM_BLOCK", block)
+        by_block.append(results(case.attend, inputs, grad_out))
+    for name, tensor in by_block[0].items():
+        assert torch.equal(tensor, by_block[1][name]), name
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("sizes", [(14, 14, 17), (63, 70, 1)], ids=["map", "flash"])
 def test_what_is_not_finite_stays_in_its_image(sizes, value, device, launch_as_on, monkeypatch):

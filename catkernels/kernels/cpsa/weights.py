@@ -33,6 +33,8 @@ MATRIX = tl.constexpr(64 * 64)
 CONSTANT_ROW, REST_ROW = tl.constexpr(63), tl.constexpr(55)
 # a program's share of the gradients: of both matrices, then of u, Wp bv and bp
 PARTIAL = tl.constexpr(2 * 64 * 64 + 3 * 64)
+# What one program sums over all shares: 128 bytes, so that there are programs enough for a GPU.
+SUM_BLOCK = 32
 
 
 @triton.jit
@@ -259,10 +261,7 @@ def sum_partials(
     transposed: bool,
 ) -> None:
     """Write the gradients (2, N*N + 1, N*N) of the folded weights and (N*N,) of the bias."""
-    # blocks of 128 bytes, so that there are enough of them for a GPU, whose threads fetch 16 shares
-    # at a time; more would only take long to compile
-    block = 32
-    cpsa_sum_partials_kernel[(triton.cdiv(PARTIAL.value, block),)](
+    cpsa_sum_partials_kernel[(triton.cdiv(PARTIAL.value, SUM_BLOCK),)](
         partials,
         constants,
         folded_grad,
@@ -270,7 +269,8 @@ def sum_partials(
         partials.shape[0],
         PATCH=patch_size,
         TRANSPOSED=transposed,
-        BLOCK=block,
+        BLOCK=SUM_BLOCK,
+        # 16 fetched at a time by each thread; more would only take long to compile
         BLOCK_PARTIALS=64,
         num_warps=4,
     )
