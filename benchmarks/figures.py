@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from benchmarks.operation import title
+
 COLOURS = {
     "official": "#8c8c8c",
     "compiled": "#c9a227",
@@ -31,15 +33,18 @@ def draw(rows: list[dict], folder: Path, device: str) -> None:
         folder: where the figures go, as SVG.
         device: what the titles call the device.
     """
-    swept = defaultdict(list)
+    swept, blocks = defaultdict(list), []
     for row in rows:
-        if row["operation"] != "model" and not row["void"]:
+        if row["operation"] == "model" or row["void"]:
+            continue
+        if row["operation"] in ("ipsa", "cpsa"):
             swept[row["sweep"]].append(row)
-    stages = swept["stages"] + swept["peers"]
+        elif row["dtype"] != "autocast":
+            # whose bars would stand in the place of bfloat16's
+            blocks.append(row)
     figures = {
-        "speedup": _bars(stages, "speed-up over the official operations", _speedup, line=1.0),
-        "roofline": _bars(stages, "% of the roofline", _share_of_roofline, line=100.0),
-        "memory": _bars(stages, "peak memory, MiB", _memory),
+        **_all_bars("", swept["stages"] + swept["peers"]),
+        **_all_bars("block_", blocks),
         "batch_size": _lines(swept["stages"], "images", lambda row: row["batch"]),
         "image_size": _lines(
             swept["stages"] + swept["image sizes"],
@@ -66,6 +71,15 @@ def draw(rows: list[dict], folder: Path, device: str) -> None:
 Bars = dict[str, float]
 
 
+def _all_bars(prefix: str, rows: list[dict]) -> dict[str, Figure | None]:
+    """The figures with a bar for each stage and provider, by name."""
+    return {
+        f"{prefix}speedup": _bars(rows, "speed-up over the official operations", _speedup, 1.0),
+        f"{prefix}roofline": _bars(rows, "% of the roofline", _share_of_roofline, 100.0),
+        f"{prefix}memory": _bars(rows, "peak memory, MiB", _memory),
+    }
+
+
 def _speedup(row: dict) -> Bars:
     return {row["provider"]: row["speedup"]}
 
@@ -86,7 +100,7 @@ def _memory(row: dict) -> Bars:
 def _bars(
     rows: list[dict], label: str, bars_of: Callable[[dict], Bars], line: float | None = None
 ) -> Figure | None:
-    """Bars by stage and provider, one panel for each attention and direction."""
+    """Bars by stage and provider, one panel for each operation and direction."""
     rows = _of_one_batch([row for row in rows if row["name"].startswith("small")])
     panels: dict[tuple, dict[str, Bars]] = {}
     for row in rows:
@@ -110,9 +124,7 @@ def _bars(
         if line is not None:
             axis.axhline(line, color="black", linewidth=0.6, linestyle=":")
         batch, dtype = rows[0]["batch"], rows[0]["dtype"]
-        axis.set_title(
-            f"{operation.upper()} {direction}, CAT-S, batch {batch}, {dtype}", fontsize=9
-        )
+        axis.set_title(f"{title(operation)} {direction}, CAT-S, batch {batch}, {dtype}", fontsize=9)
     return figure
 
 
@@ -142,7 +154,7 @@ def _lines(rows: list[dict], label: str, x_of: Callable[[dict], int]) -> Figure 
         axis.tick_params(axis="x", labelsize=7, labelrotation=30)
         axis.set_xlabel(label, fontsize=8)
         axis.set_ylabel("ms an image", fontsize=8)
-        axis.set_title(f"{operation.upper()} {direction}, CAT-S stage 1", fontsize=9)
+        axis.set_title(f"{title(operation)} {direction}, CAT-S stage 1", fontsize=9)
     return figure
 
 
@@ -184,7 +196,7 @@ def _of_one_batch(rows: list[dict]) -> list[dict]:
 
 
 def _grid(panels: Iterable[tuple[str, str]]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Panels in rows by attention and columns by direction."""
+    """Panels in rows by operation and columns by direction."""
     operations = list(dict.fromkeys(operation for operation, _ in panels))
     directions = list(dict.fromkeys(direction for _, direction in panels))
     figure = Figure(figsize=(4.5 * len(directions), 3.2 * len(operations)), layout="constrained")

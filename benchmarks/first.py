@@ -5,7 +5,8 @@
 In this order, so that what is cut off is what matters least: every kernel compiled in a pool; the
 self-check against float64; the device's ceilings; bits over 200 launches, and of one stage against
 several; both attentions at every stage of CAT-S, with the launches that a prediction left open; the
-whole model; one image, with and without a CUDA graph; peers that have to be compiled.
+whole model; one image, with and without a CUDA graph; blocks and their parts, as far as they were
+predicted; peers that have to be compiled.
 
 Each result is a line of JSON, written as it comes. A run that was cut off is gone on with: what
 succeeded is not done again. What is timed runs in a process of its own; where that one crashes, the
@@ -28,6 +29,7 @@ import pytest
 import torch
 
 from benchmarks import bench_model, harness, operation, prebuild, predictions, report, roofline
+from benchmarks.bench_block import BLOCKS, PARTS
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.candidates import Candidate
@@ -43,7 +45,8 @@ STEP_LIMIT_S = 120
 CHECKED_BY = 0.6  # of the time: a self-check that hangs must leave some to the figures
 ROUNDS = 10
 LAUNCHES = 200
-ATTENTIONS = {"ipsa": IPSA, "cpsa": CPSA}
+ATTENTIONS = ("ipsa", "cpsa")
+OPERATIONS = {subject.name: subject for subject in (IPSA, CPSA, *BLOCKS, *PARTS)}
 PRECISION = "float32" if DEVICE.type == "cpu" else "bfloat16"
 DTYPE = getattr(torch, PRECISION)
 TRIAL_REPEATED = (
@@ -75,6 +78,7 @@ def steps(target: object, trial: bool) -> Iterator[Step]:
             yield Step(f"bits {kind}, {case}, {name}", run)
     yield from _attention_steps(target, trial, compiled=False)
     yield from _model_steps(trial)
+    yield from _block_steps(trial)
     yield from _attention_steps(target, trial, compiled=True)
 
 
@@ -85,17 +89,28 @@ def _attention_steps(target: object, trial: bool, *, compiled: bool) -> Iterator
             for direction in ("forward", "backward"):
                 case = operation.Case("stages", shape, PRECISION, direction)
                 if compiled:
-                    run = functools.partial(time_attention, name, case, "compiled")
+                    run = functools.partial(time_operation, name, case, "compiled")
                     yield Step(f"{name} {shape} {direction} compiled", run)
                     continue
-                run = functools.partial(time_attention, name, case, "sdpa")
+                run = functools.partial(time_operation, name, case, "sdpa")
                 yield Step(f"{name} {shape} {direction} sdpa", run)
                 candidates = [Candidate("")]
                 if not trial:
                     candidates = prebuild.open_candidates(name, direction, stage, target)
                 for candidate in candidates:
-                    run = functools.partial(time_attention, name, case, "catkernels", candidate)
+                    run = functools.partial(time_operation, name, case, "catkernels", candidate)
                     yield Step(f"{name} {shape} {direction} catkernels {candidate}", run)
+
+
+def _block_steps(trial: bool) -> Iterator[Step]:
+    """Blocks and their parts, each pass and stage that a prediction was made of."""
+    shapes = [operation.TRIAL_SHAPE] if trial else cat_stages("small", batch=256)
+    for title, direction, stage in predictions.predictions():
+        name = next(name for name in OPERATIONS if operation.title(name) == title)
+        if name not in ATTENTIONS and stage <= len(shapes):
+            case = operation.Case("stages", shapes[stage - 1], PRECISION, direction)
+            run = functools.partial(time_operation, name, case, "catkernels")
+            yield Step(f"{name} {case.shape} {direction} catkernels", run)
 
 
 def _model_steps(trial: bool) -> Iterator[Step]:
@@ -147,13 +162,13 @@ def repeat(case, dtype: torch.dtype, launches: int, target: object) -> list[dict
     return rows
 
 
-def time_attention(
+def time_operation(
     name: str, case: operation.Case, provider: str, candidate: Candidate | None = None
 ) -> list[dict]:
     """One provider's row of the sweep over stages; a candidate launch's has its ``launch``."""
     stopwatch = harness.Stopwatch()
     with harness.own_stream(), (candidate or Candidate("")).launched(), _gradients_can_repeat():
-        operation.run(stopwatch, ATTENTIONS[name], case, provider, rounds=ROUNDS)
+        operation.run(stopwatch, OPERATIONS[name], case, provider, rounds=ROUNDS)
     row = stopwatch.extra_info
     if candidate is not None and candidate.launch is not None:
         row |= {"provider": "candidate", "launch": str(candidate), "table": candidate.table}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,8 @@ TRIAL_SHAPE = Shape("trial", batch=2, height=14, width=21, channels=64, num_head
 Outputs = Tensor | tuple[Tensor, ...]
 # What one is bound to its inputs with: (shape, inputs) -> a callable that gives the outputs.
 Provider = Callable[[Shape, dict[str, Tensor]], Callable[[], Outputs]]
+# The least that is moved and multiplied, of a shape and the bytes of a value.
+WorkModel = Callable[[Shape, int], Work]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +37,18 @@ class Operation:
         make_inputs: shape, dtype and device -> the inputs by name, the map first.
         providers: by name; "official" is what all others are judged by and compared with.
         served_by: shape and inputs -> what serves `catkernels` here.
-        forward_work, backward_work: the models, of shape and bytes of a value.
+        forward_work, backward_work: the models of `benchmarks.roofline`.
     """
 
     name: str
     make_inputs: Callable[..., dict[str, Tensor]]
     providers: dict[str, Provider]
     served_by: Callable[[Shape, dict[str, Tensor]], str]
-    forward_work: Callable[[Shape, int], Work]
-    backward_work: Callable[[Shape, int], Work]
+    forward_work: WorkModel
+    backward_work: WorkModel
+
+    def __str__(self) -> str:
+        return self.name
 
     def work(self, shape: Shape, dtype: torch.dtype, direction: str) -> Work:
         passes = {
@@ -181,12 +187,14 @@ def bound(
 ) -> Callable[[], Outputs]:
     """The provider's function of these inputs, in the case's precision."""
     attend = operation.providers[provider](case.shape, inputs)
+    if case.precision != "autocast":
+        return attend
 
-    def call() -> Outputs:
+    def autocasting() -> Outputs:
         with case.autocasting():
             return attend()
 
-    return attend if case.precision != "autocast" else call
+    return autocasting
 
 
 def _judged(
@@ -233,6 +241,11 @@ def official_results(
     with tf32_products():
         official = bound(operation, case, "official", inputs)
         return results(official, inputs, case.with_gradients)
+
+
+def title(operation: str) -> str:
+    """What tables and figures call an operation: "IPSA block" of "ipsa block"."""
+    return re.sub(r"\b(ipsa|cpsa|mlp)\b", lambda name: name[0].upper(), operation)
 
 
 def serving(reasons: list[str]) -> str:

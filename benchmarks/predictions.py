@@ -10,24 +10,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.operation import title
+
 TABLE = Path(__file__).parent / "GPU.md"
 # | CPSA forward | 2 | 61-69 | 74-84 |
-ROW = re.compile(r"\| (IPSA|CPSA) (forward|backward) \| (\d) \| ([\d-]+) \| ([\d-]+) \|")
+ROW = re.compile(r"\| ([A-Za-z ]+) (forward|backward) \| (\d) \| ([\d-]+) \| ([\d-]+) \|")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one attention, pass and stage, at batch 256 in bfloat16: as text, "61-69"."""
+    """Of one operation, pass and stage, at batch 256 in bfloat16: as text, "61-69"."""
 
     us: str
     percent: str  # of the roofline
 
 
 def predictions() -> dict[tuple[str, str, int], Prediction]:
-    """By attention ("ipsa"), pass and stage."""
+    """By operation as tables call it ("IPSA"), pass and stage."""
     return {
-        (attention.lower(), direction, int(stage)): Prediction(us, percent)
-        for attention, direction, stage, us, percent in ROW.findall(TABLE.read_text())
+        (operation, direction, int(stage)): Prediction(us, percent)
+        for operation, direction, stage, us, percent in ROW.findall(TABLE.read_text())
     }
 
 
@@ -40,8 +42,9 @@ def beside(rows: list[dict]) -> Iterator[str]:
     measured: dict[tuple[str, str, int], list[dict]] = {}
     for row in rows:
         stage = re.match(r"small-stage(\d)-.*-b256$", row.get("name", ""))
-        if stage and row["provider"] in ("catkernels", "candidate"):
-            key = (row["operation"], row["direction"], int(stage[1]))
+        is_ours = row["provider"] in ("catkernels", "candidate")
+        if stage and is_ours and row["dtype"] == "bfloat16":
+            key = (title(row["operation"]), row["direction"], int(stage[1]))
             measured.setdefault(key, []).append(row)
     yield "| | stage | predicted us | measured | predicted % | measured | fastest launch |"
     yield "|---|---|---|---|---|---|---|"
@@ -55,4 +58,4 @@ def beside(rows: list[dict]) -> Iterator[str]:
             best = min(measured[key], key=lambda row: row["contender_ms"])
             fastest = f"{best.get('launch', 'shipped')}, {1e3 * best['contender_ms']:.0f}"
         cells = (stage, prediction.us, us, prediction.percent, percent, fastest)
-        yield f"| {operation.upper()} {direction} | {' | '.join(map(str, cells))} |"
+        yield f"| {operation} {direction} | {' | '.join(map(str, cells))} |"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import figures, predictions
+from benchmarks.operation import title
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -116,7 +117,7 @@ def tables(device: Device) -> Iterator[str]:
     where = device.about["device"] + ("" if device.is_gpu else ", one thread")
     yield f"**{where}** ({versions}; {device.date})"
     yield ""
-    yield from _attention_table(device.rows)
+    yield from _operation_table(device.rows)
     yield from _model_table(device.rows)
     if device.is_gpu:
         yield "Predicted without a GPU (GPU.md), and measured:"
@@ -130,18 +131,18 @@ def tables(device: Device) -> Iterator[str]:
     yield f"Figures: {', '.join(links)}."
 
 
-def _attention_table(rows: list[dict]) -> Iterator[str]:
-    """This package's rows of the sweep over the models' stages, a stage in each column."""
+def _operation_table(rows: list[dict]) -> Iterator[str]:
+    """This package's rows of the sweeps over the models' stages, a stage in each column."""
     lines: dict[tuple, dict[str, str]] = {}
     for row in rows:
         if row.get("sweep") == "stages" and row["provider"] == "catkernels":
             model, stage, *_ = row["name"].split("-")
-            key = (row["operation"].upper(), MODELS[model], row["batch"], row["dtype"])
+            key = (title(row["operation"]), MODELS[model], row["batch"], row["dtype"])
             peer = best_peer(row, rows)
             lines.setdefault((*key, row["direction"]), {})[stage] = _cell(row, peer)
     if not lines:
         return
-    yield "| attention | model | batch | dtype | pass | stage 1 | stage 2 | stage 3 | stage 4 |"
+    yield "| operation | model | batch | dtype | pass | stage 1 | stage 2 | stage 3 | stage 4 |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for key, cells in lines.items():
         stages = [cells.get(f"stage{stage}", "") for stage in range(1, 5)]
@@ -193,11 +194,11 @@ def render(devices: list[Device]) -> str:
     """What stands between the markers of benchmarks/README.md."""
     lines = [
         "Each cell has this package's time and its speed-up over the official operations, timed",
-        "in turn with it. For the attentions the fastest peer's speed-up stands in brackets:",
-        "`sdpa` is `torch.nn.functional.scaled_dot_product_attention` on partitioned tensors,",
-        "`compiled` the official operations through `torch.compile`, `flex` FlexAttention. Then",
-        "comes this package's share of the roofline: the least bytes and products at the device's",
-        "measured speed of copying and multiplying.",
+        "in turn with it. But for models the fastest peer's speed-up stands in brackets: `sdpa` is",
+        "`torch.nn.functional.scaled_dot_product_attention` on partitioned tensors, `compiled` the",
+        "official operations through `torch.compile`, `flex` FlexAttention. Then comes this",
+        "package's share of the roofline: the least bytes and products at the device's measured",
+        "speed of copying and multiplying.",
         "",
     ]
     for device in devices:

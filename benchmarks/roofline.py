@@ -81,6 +81,82 @@ def cpsa_backward_work(shape: Shape, itemsize: int) -> Work:
     return Work((3 * _map_size(shape) + 2 * _weights_size(shape)) * itemsize, flops)
 
 
+def norm_forward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map and the norm's parameters, write the normed map."""
+    return Work((2 * _map_size(shape) + _norm_size(shape)) * itemsize, 0)
+
+
+def norm_backward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map and the gradients that come through the norm and around it, write the map's."""
+    return Work((4 * _map_size(shape) + 2 * _norm_size(shape)) * itemsize, 0)
+
+
+def norm_qkv_forward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map, write queries, keys and values."""
+    moved = 4 * _map_size(shape) + _norm_size(shape) + _linear_size(shape, 3)
+    return Work(moved * itemsize, _linear_flops(shape, 3))
+
+
+def norm_qkv_backward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map, the gradients of q, k and v and the one that goes around, write the map's."""
+    moved = 6 * _map_size(shape) + 2 * (_norm_size(shape) + _linear_size(shape, 3))
+    return Work(moved * itemsize, 2 * _linear_flops(shape, 3))
+
+
+def proj_residual_forward_work(shape: Shape, itemsize: int) -> Work:
+    """Read what was attended and the map, write their sum."""
+    moved = 3 * _map_size(shape) + _linear_size(shape, 1)
+    return Work(moved * itemsize, _linear_flops(shape, 1))
+
+
+def proj_residual_backward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the gradient and what was attended, write the latter's; the map's is the one read."""
+    moved = 3 * _map_size(shape) + 2 * _linear_size(shape, 1)
+    return Work(moved * itemsize, 2 * _linear_flops(shape, 1))
+
+
+def mlp_forward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map and the parameters, write the map; two products with 4C hidden units."""
+    moved = 2 * _map_size(shape) + _mlp_size(shape)
+    return Work(moved * itemsize, 2 * _linear_flops(shape, 4))
+
+
+def mlp_backward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map, its gradient and the parameters, write the gradients of map and parameters.
+
+    Two products for each of the forward pass's two, and the first of those again.
+    """
+    moved = 3 * _map_size(shape) + 2 * _mlp_size(shape)
+    return Work(moved * itemsize, 5 * _linear_flops(shape, 4))
+
+
+def ipsa_block_forward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map and the parameters, write the map; what is between stays where it is."""
+    moved = 2 * _map_size(shape) + _ipsa_block_size(shape)
+    return Work(moved * itemsize, _ipsa_block_flops(shape))
+
+
+def ipsa_block_backward_work(shape: Shape, itemsize: int) -> Work:
+    """Read the map, its gradient and the parameters, write the gradients of map and parameters.
+
+    Two products for each of the forward pass's, and all of those but the MLP's last again.
+    """
+    moved = 3 * _map_size(shape) + 2 * _ipsa_block_size(shape)
+    return Work(moved * itemsize, 3 * _ipsa_block_flops(shape) - _linear_flops(shape, 4))
+
+
+def cpsa_block_forward_work(shape: Shape, itemsize: int) -> Work:
+    """As an IPSA block's, with CPSA's folded weights."""
+    moved = 2 * _map_size(shape) + _cpsa_block_size(shape)
+    return Work(moved * itemsize, _cpsa_block_flops(shape))
+
+
+def cpsa_block_backward_work(shape: Shape, itemsize: int) -> Work:
+    """As an IPSA block's."""
+    moved = 3 * _map_size(shape) + 2 * _cpsa_block_size(shape)
+    return Work(moved * itemsize, 3 * _cpsa_block_flops(shape) - _linear_flops(shape, 4))
+
+
 def _map_size(shape: Shape) -> int:
     """Values of the map (B, H, W, C); pixels that pad it are in no memory."""
     return shape.batch * shape.height * shape.width * shape.channels
@@ -94,6 +170,43 @@ def _weights_size(shape: Shape) -> int:
     """Values of CPSA's two linear layers."""
     pixels = shape.patch_size**2
     return 4 * pixels**2 + 4 * pixels
+
+
+def _norm_size(shape: Shape) -> int:
+    return 2 * shape.channels
+
+
+def _linear_size(shape: Shape, times: int) -> int:
+    """Values of a linear layer from C to so many times C, with its bias."""
+    return times * shape.channels * (shape.channels + 1)
+
+
+def _mlp_size(shape: Shape) -> int:
+    """Values of an MLP with its norm."""
+    return _norm_size(shape) + _linear_size(shape, 4) + shape.channels * (4 * shape.channels + 1)
+
+
+def _ipsa_block_size(shape: Shape) -> int:
+    attention = _linear_size(shape, 3) + _table_size(shape) + _linear_size(shape, 1)
+    return _norm_size(shape) + attention + _mlp_size(shape)
+
+
+def _cpsa_block_size(shape: Shape) -> int:
+    return _norm_size(shape) + _weights_size(shape) + _mlp_size(shape)
+
+
+def _linear_flops(shape: Shape, times: int) -> int:
+    """One product of all pixels with a weight of C x so many times C."""
+    return 2 * times * _map_size(shape) * shape.channels
+
+
+def _ipsa_block_flops(shape: Shape) -> int:
+    linears = _linear_flops(shape, 3) + _linear_flops(shape, 1) + 2 * _linear_flops(shape, 4)
+    return linears + 2 * _ipsa_product_flops(shape)
+
+
+def _cpsa_block_flops(shape: Shape) -> int:
+    return cpsa_forward_work(shape, 0).flops + 2 * _linear_flops(shape, 4)
 
 
 def _ipsa_product_flops(shape: Shape) -> int:

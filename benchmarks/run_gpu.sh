@@ -7,7 +7,7 @@
 #   check     the tests on the device, on every core
 #   sanitize  compute-sanitizer on maps of few padded windows, where it is installed
 #   stress    1000 launches of each kernel, bit for bit the same
-#   ipsa cpsa model   the benchmarks
+#   ipsa cpsa block model   the benchmarks
 #   convergence   300 steps of training by each backend, in fp32 and bf16, curves side by side
 #   tune      the candidates of the launch tables, and the rows to ship
 #   profile   metrics of the main kernels by ncu, where it is installed
@@ -20,8 +20,8 @@
 # a Triton cache that fits (`benchmarks.prebuild` makes .triton-cache), first starts with it.
 #
 # Where there is no GPU each part runs at a tiny size: it shows that the part works, and no figure
-# in OUT means anything. The kernels then run in Triton's interpreter, but in ipsa, cpsa and model,
-# which take what serves on a CPU.
+# in OUT means anything. The kernels then run in Triton's interpreter, but in ipsa, cpsa, block and
+# model, which take what serves on a CPU.
 set -euo pipefail
 
 if (($# == 0)); then
@@ -123,6 +123,7 @@ stress() {
 
 ipsa() { benchmarks ipsa; }
 cpsa() { benchmarks cpsa; }
+block() { benchmarks block; }
 model() { benchmarks model; }
 
 convergence() {
@@ -140,12 +141,12 @@ tune() {
 profile() {
     unless_installed ncu && return
     timed ncu --set full --page details --csv --log-file "$out/profile.csv" \
-        --kernel-name 'regex:ipsa|cpsa' --launch-count 24 \
+        --kernel-name 'regex:ipsa|cpsa|mlp|norm|linear' --launch-count 48 \
         python3 -m pytest -p no:cacheprovider -q --benchmark --benchmark-disable "${trial[@]}" \
-        benchmarks -k 'stages and stage1 and b256 and step and catkernels'
+        benchmarks/bench_block.py -k 'small-stage1 and b256 and step and catkernels'
 }
 
-parts="first check sanitize stress ipsa cpsa model convergence tune profile"
+parts="first check sanitize stress ipsa cpsa block model convergence tune profile"
 if (($# == 0)); then
     # shellcheck disable=SC2086
     set -- $parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -13,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dense_cases import sampled
 
 import catkernels.cpu
-from benchmarks import figures, harness, operation, report, roofline, tune
+from benchmarks import bench_block, figures, harness, operation, report, roofline, tune
 from benchmarks.bench_cpsa import CPSA
 from benchmarks.bench_ipsa import IPSA
 from benchmarks.candidates import Candidate, candidates, looked_up
@@ -43,6 +45,21 @@ HAND_COUNTS = [
     (roofline.cpsa_backward_work, SMALL, 3 * 64 + 160, 5 * (2 * 16 * 16) + 6 * (2 * 16 * 2 * 4)),
     (roofline.cpsa_backward_work, PADDED, 3 * 72 + 160, 5 * (2 * 24 * 16) + 6 * (2 * 24 * 2 * 4)),
     (roofline.cpsa_backward_work, STAGE4, 3 * 75264 + 19600, 2 * (2 * 1536 * 2401)),
+    # 8 channels: 2 x 8 values of a norm, (8 + 1) x 8 of a linear layer, 32 x (8 + 1) + 8 x (32 + 1)
+    # of an MLP; a linear layer of the 64 values takes 2 x 64 x 8
+    (roofline.norm_forward_work, SMALL, 2 * 64 + 16, 0),
+    (roofline.norm_backward_work, SMALL, 4 * 64 + 32, 0),
+    (roofline.norm_qkv_forward_work, SMALL, 4 * 64 + 16 + 3 * 72, 3 * 1024),
+    (roofline.norm_qkv_backward_work, SMALL, 6 * 64 + 32 + 6 * 72, 6 * 1024),
+    (roofline.proj_residual_forward_work, SMALL, 3 * 64 + 72, 1024),
+    (roofline.proj_residual_backward_work, SMALL, 3 * 64 + 144, 2 * 1024),
+    (roofline.mlp_forward_work, SMALL, 2 * 64 + 16 + 552, 8 * 1024),
+    (roofline.mlp_backward_work, SMALL, 3 * 64 + 32 + 1104, 20 * 1024),
+    # the table has 18 values, CPSA's weights 80
+    (roofline.ipsa_block_forward_work, SMALL, 2 * 64 + 890, 12 * 1024 + 2 * 512),
+    (roofline.ipsa_block_backward_work, SMALL, 3 * 64 + 1780, 32 * 1024 + 6 * 512),
+    (roofline.cpsa_block_forward_work, SMALL, 2 * 64 + 664, 8 * 1024 + 1536),
+    (roofline.cpsa_block_backward_work, SMALL, 3 * 64 + 1328, 20 * 1024 + 3 * 1536),
 ]
 
 
@@ -72,10 +89,10 @@ def test_the_binding_ceiling():
 class Stopwatch(SimpleNamespace):
     """In the place of pytest-benchmark's fixture: it remembers what it was asked to time."""
 
-    def __init__(self) -> None:
-        super().__init__(extra_info={}, group=None, enabled=True, timed=[])
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__(extra_info={}, group=None, enabled=enabled, timed=[])
 
-    def pedantic(self, target, *, setup, rounds):
+    def pedantic(self, target, *, setup=None, rounds=0):
         for _ in range(rounds):
             setup()
         self.timed.append(target)
@@ -109,6 +126,19 @@ def test_a_right_provider_is_timed(subject, direction, provider, monkeypatch):
     info = stopwatch.extra_info
     assert info["provider"] == provider
     assert info["speedup"] == pytest.approx(info["official_ms"] / info["contender_ms"])
+
+
+@pytest.mark.usefixtures("round_to_nearest_bf16", "launches", "tf32_on_gpus")
+@pytest.mark.parametrize("subject", sampled(bench_block.PARTS[:3], bench_block.BLOCKS), ids=str)
+def test_blocks_and_their_parts_are_judged_by_kernels(subject, monkeypatch):
+    """As on a GPU, in the mode that most train in."""
+    monkeypatch.setattr(roofline, "ceilings", lambda dtype: Ceilings(1.0, 1.0))
+    make = functools.partial(bench_block.our_block, backend="triton")
+    monkeypatch.setattr(bench_block, "our_block", make)
+    shape = Shape("one window", batch=1, height=7, width=7, channels=32, num_heads=1)
+    stopwatch = Stopwatch(enabled=False)
+    operation.run(stopwatch, subject, operation.Case("", shape, "autocast", "step"), "catkernels")
+    assert stopwatch.extra_info["served_by"].startswith("triton")
 
 
 @both
@@ -254,7 +284,7 @@ def test_the_report_replaces_what_is_between_its_markers():
 
 def test_disabled_benchmarks_still_judge():
     """So a profiler sees each contender once."""
-    one = "ipsa and forward and catkernels"
+    one = "test_ipsa and forward and catkernels"
     done = run_benchmarks("--trial", "--benchmark-disable", "-k", one)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout
@@ -367,7 +397,8 @@ def test_a_candidate_is_launched_in_the_place_of_what_ships():
 
 
 def test_out_of_time_is_a_failure():
-    done = run_benchmarks("--trial", "--time-limit=0", "-k", "ipsa and forward and catkernels")
+    one = "test_ipsa and forward and catkernels"
+    done = run_benchmarks("--trial", "--time-limit=0", "-k", one)
     assert done.returncode == 1
     assert "out of time" in done.stdout
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import first, prebuild, predictions, report
+from benchmarks import first, operation, prebuild, predictions, report
 from catkernels.pool import Outcome
 
 pytest.importorskip("triton")
@@ -132,18 +132,24 @@ def test_the_file_alone_becomes_tables_with_predictions_beside_them(tmp_path):
     rendered = report.render([device])
     # a launch that does not ship is neither a peer nor a figure of ours
     assert "0.2 ms, 5.00x (sdpa 2.00x), 50 %" in rendered
-    expected = predictions.predictions()["cpsa", "forward", 1]
+    expected = predictions.predictions()["CPSA", "forward", 1]
     assert (
         f"| CPSA forward | 1 | {expected.us} | 200 | {expected.percent} | 50 | 4 channels, 100 |"
     ) in rendered
-    assert (
-        f"| IPSA forward | 4 | {predictions.predictions()['ipsa', 'forward', 4].us} | not yet"
-        in (rendered)
-    )
+    expected = predictions.predictions()["IPSA", "forward", 4]
+    assert f"| IPSA forward | 4 | {expected.us} | not yet" in rendered
 
 
 def test_there_is_a_prediction_for_each_attention_pass_and_stage():
-    assert len(predictions.predictions()) == 2 * 2 * 4
+    predicted = predictions.predictions()
+    for attention in ("IPSA", "CPSA"):
+        for direction in ("forward", "backward"):
+            assert all((attention, direction, stage) in predicted for stage in range(1, 5))
+
+
+def test_every_prediction_is_of_something_timed():
+    timed = {operation.title(name) for name in first.OPERATIONS}
+    assert {name for name, _, _ in predictions.predictions()} <= timed
 
 
 def test_a_prebuilt_cache_is_used_where_triton_is_the_same(tmp_path):
