@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from catkernels import CATBlock
 from catkernels.accuracy import assert_within_error_budget
 
 # What of half a block is computed: (its modules, x) -> a tensor, or several.
@@ -67,6 +68,21 @@ def half_block(channels: int, hidden: int = 0, seed: int = 0) -> nn.ModuleDict:
             else:
                 parameter.mul_(1.5 * parameter.shape[1] ** -0.5)
     return modules
+
+
+def seeded(block: CATBlock, x: Tensor) -> Tensor:
+    """The block, which drops the same branches in every call."""
+    torch.manual_seed(3)
+    return block(x)
+
+
+def by_pytorch(block: CATBlock, x: Tensor) -> Tensor:
+    """The same by the block's children, in the official order."""
+    backend, block.backend = block.backend, "reference"
+    try:
+        return seeded(block, x)
+    finally:
+        block.backend = backend
 
 
 def rows(*sizes: int, seed: int = 1) -> Tensor:

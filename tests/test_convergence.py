@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny_training import tiny_data, tiny_model, trained
@@ -21,9 +23,9 @@ PROCESSES = Processes()
 MODEL = {"embed_dim": 16, "num_heads": (1, 2), "drop_path_rate": 0.1}
 
 
-def learn(model: catkernels.CAT, steps: int) -> dict[str, torch.Tensor]:
+def learn(model: catkernels.CAT, steps: int, precision: str = "fp32") -> dict[str, torch.Tensor]:
     """The loss of each step, and all the weights after the last, one after the other."""
-    recipe = Recipe(epochs=1, batch_size=2, learning_rate=2.0)
+    recipe = Recipe(epochs=1, batch_size=2, learning_rate=2.0, precision=precision)
     trainer = Trainer(model, tiny_data(train=2 * steps, test=1), recipe, PROCESSES)
     for group in trainer.optimizer.param_groups:
         # AdamW divides a gradient by its size: with its usual eps, weights that the output does not
@@ -56,6 +58,22 @@ def test_each_backend_learns_what_the_official_operations_learn(backend, steps, 
     actual = learn(tiny_model(backend=backend, **MODEL), steps)
     for name, truth in expected[torch.float64].items():
         assert_within_error_budget(actual[name], expected[torch.float32][name], truth, name)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("device", "round_to_nearest_bf16")
+def test_a_patched_model_learns_the_same_in_half_precision(launches):
+    """Under autocast, where kernels serve all of a block, in stages of 32 and of 64 channels."""
+    options = {"embed_dim": 32, "num_heads": (2, 4), "drop_path_rate": 0.1}
+    model = tiny_model(official.CAT, **options)
+    same_dtype = learn(deepcopy(model), 30, "bf16")
+    truth = learn(deepcopy(model).double(), 30)
+    report = catkernels.patch(model, backend="triton")
+    assert all(block.kernels == ("attention", "MLP", "norms") for block in report.blocks)
+    actual = learn(model, 30, "bf16")
+    for name, exact in truth.items():
+        assert_within_error_budget(actual[name], same_dtype[name], exact, name)
+    assert launches["mlp_forward_kernel"] == launches["mlp_backward_kernel"] == 30 * 6
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from catkernels.ops.linear import add_branch, per_image
-from catkernels.ops.mlp import fused_mlp, fused_reasons, split_mlp
+from catkernels.ops.mlp import bias_gelu, fused_mlp, fused_reasons, split_mlp
 from catkernels.torch_state.precision import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
@@ -189,6 +189,34 @@ def test_hidden_units_of_any_size(values, device):
     for call in CALLS.values():
         for mode in (BFLOAT16, FLOAT16, FLOAT32):
             assert_mlp_is_right(call, modules, x, mode)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.full
+def test_more_elements_than_32_bits_count(device):
+    """The last rows of more than 2**31 values are the same alone; takes 17 GB."""
+    modules = half_block(96).to(device, torch.bfloat16)
+
+    def passes(x: Tensor, *, differentiated: bool) -> Tensor:
+        leaf = x.clone().requires_grad_(differentiated)
+        with torch.set_grad_enabled(differentiated):
+            output = fused_mlp(leaf, *modules.values(), None)
+        last = output if not differentiated else torch.autograd.grad(output, leaf, x)[0]
+        return last[:, -50:].clone()
+
+    # the map, and where there are gradients the hidden units
+    for size, differentiated in ((2**31 // 96, False), (2**31 // 384, True)):
+        x = torch.randn(1, size + 100, 96, device=device, dtype=torch.bfloat16)
+        whole = passes(x, differentiated=differentiated)
+        assert torch.equal(whole, passes(x[:, -70:], differentiated=differentiated))
+    h = torch.randn(2**31 // 384 + 100, 384, device=device, dtype=torch.bfloat16)
+    assert h.numel() > 2**31
+    bias = modules["fc1"].bias
+    gradients = []
+    for part in (h, h[-70:]):
+        leaf = part.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(bias_gelu(leaf, bias), leaf, part)[0][-50:])
+    assert torch.equal(*gradients)
 
 
 def kept(call, modules: nn.ModuleDict, x: Tensor) -> list[Tensor]:

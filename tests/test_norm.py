@@ -156,6 +156,25 @@ def test_a_row_that_is_not_finite_spoils_no_other(device):
         assert tensor[17].isnan().any()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.full
+def test_more_elements_than_32_bits_count(device):
+    """The last rows of more than 2**31 values are the same alone; takes 17 GB."""
+    layer = half_block(96)["norm"].to(device, torch.bfloat16)
+    x = torch.randn(2**31 // 96 + 100, 96, device=device, dtype=torch.bfloat16)
+    grad = torch.randn_like(x)
+
+    def passes(part: slice):
+        leaf = x[part].detach().requires_grad_()
+        outputs = norm_residual(leaf, layer)
+        (dx,) = torch.autograd.grad(outputs, leaf, (grad[part], grad[part]))
+        return outputs[0].detach()[-50:], dx[-50:]
+
+    assert x.numel() > 2**31
+    for whole, alone in zip(passes(slice(None)), passes(slice(-70, None)), strict=True):
+        assert torch.equal(whole, alone)
+
+
 def test_only_x_is_kept(device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device).requires_grad_()
     kept = []

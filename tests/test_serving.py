@@ -6,7 +6,18 @@ from copy import deepcopy
 
 import pytest
 import torch
-from dense_cases import AUTOCAST, BFLOAT16, FLOAT32, Mode, assert_right, results, rows, sampled
+from dense_cases import (
+    AUTOCAST,
+    BFLOAT16,
+    FLOAT32,
+    Mode,
+    assert_right,
+    by_pytorch,
+    results,
+    rows,
+    sampled,
+    seeded,
+)
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -29,20 +40,6 @@ def make_block(kind="ipsa", drop_path=0.0, **options) -> catkernels.CATBlock:
             norm.weight.normal_(1, 0.2)
             norm.bias.normal_(0, 0.2)
     return block
-
-
-def seeded(block, x):
-    torch.manual_seed(3)
-    return block(x)
-
-
-def by_pytorch(block, x):
-    """The same by the block's children, in the official order."""
-    backend, block.backend = block.backend, "reference"
-    try:
-        return seeded(block, x)
-    finally:
-        block.backend = backend
 
 
 def assert_near(actual, expected) -> None:
@@ -280,6 +277,37 @@ def test_an_official_block_is_served_once_patched(kind, device, launches):
     actual = results(seeded, model, x, AUTOCAST)
     assert launches["mlp_forward_kernel"] == launches["norm_backward_kernel"] == 1
     assert_near(actual, expected)
+
+
+class WideHeads(official.Attention):
+    """Heads that are wider than a share of the channels, as a downstream copy may have them."""
+
+    def __init__(self, dim, num_heads, head_dim):
+        super().__init__(num_heads * head_dim, (7, 7), num_heads)
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim)
+        self.proj = nn.Linear(num_heads * head_dim, dim)
+
+
+@pytest.mark.parametrize("mode", sampled([AUTOCAST], [FLOAT32, BFLOAT16]), ids=str)
+@pytest.mark.parametrize("channels", [40, 64])
+def test_heads_need_not_share_the_channels(channels, mode, device, launches):
+    """Nor are queries, keys and values three times as many values as the map has."""
+    block = official.CATBlock(
+        channels, (7, 14), 2, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, "ipsa"
+    )
+    block.attn = WideHeads(channels, num_heads=2, head_dim=48)
+
+    def by_kernels(model, x):
+        catkernels.patch(model, backend="triton")
+        return model(x)
+
+    def as_it_was(model, x):
+        catkernels.unpatch(model)
+        return model(x)
+
+    x = rows(2, 98, channels).to(device)
+    assert_right(by_kernels, as_it_was, nn.Sequential(block), x, mode)
+    assert launches["ipsa_backward_kernel"] == 1
 
 
 class LayerScaled(official.Mlp):
