@@ -93,8 +93,7 @@ def _add_demo(commands: Any) -> None:
         "--save",
         type=Path,
         metavar="FILE.png",
-        default=Path("catkernels-demo.png"),
-        help="where the picture goes; %(default)s",
+        help="where the picture goes; catkernels-photo.png, or catkernels-digits.png",
     )
 
 

@@ -33,6 +33,7 @@ from catkernels.serving import (
 )
 from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.precision import compute_dtype
+from catkernels.trust import Trust
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -75,8 +76,10 @@ class CATBlock(StandIn):
     H: int | None = None
     W: int | None = None
     input_resolution: tuple[int, int] | None = None
-    # The class of an official MLP whose parts are all that there is to its call.
-    _read_mlp_class: type[nn.Module] | None = None
+    # That an official MLP is its parts.
+    _mlp_trust: Trust | None = None
+
+    OWN = StandIn.OWN | {"_mlp_trust", "patch_size"}
 
     def __init__(
         self,
@@ -118,6 +121,11 @@ class CATBlock(StandIn):
         adopted.patch_size = check_patch_size(theirs.patch_size)
         return adopted
 
+    def _tell_original(self) -> None:
+        super()._tell_original()
+        if check_patch_size(self.original.patch_size) != self.patch_size:
+            self.original.patch_size = self.patch_size
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C), or tokens (B, H*W, C) where H and W are set, to the same shape.
 
@@ -125,12 +133,18 @@ class CATBlock(StandIn):
             TypeError: ``x`` is no floating-point tensor, or of another dtype than the weights.
             ValueError: ``x`` is neither, H and W do not fit it, or it is on another device.
         """
+        if self.original_was_changed:
+            return self.call_original(x)
         check_floating(x)
         height, width = self._map_size(x)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
-        attended, tokens = self._attend(tokens, (height, width))
-        tokens = self._add(tokens, attended.flatten(1, 2))
-        return self._add_mlp(tokens.reshape(x.shape))
+        serves = not call_reasons(x, self.backend)
+        attended, tokens = self._attend(tokens, (height, width), serves)
+        tokens = self._add(tokens, attended.flatten(1, 2), serves)
+        if tokens.dtype != x.dtype:
+            # an attention of somebody's own may give another one
+            serves = not call_reasons(tokens, self.backend)
+        return self._add_mlp(tokens.reshape(x.shape), serves)
 
     def unsupported_parts(self, x: Tensor) -> dict[str, list[str]]:
         """Why the Triton kernels cannot serve parts of a call with ``x``, beside the attention.
@@ -163,7 +177,7 @@ class CATBlock(StandIn):
             )
         return size
 
-    def _attend(self, tokens: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _attend(self, tokens: Tensor, size: tuple[int, int], serves: bool) -> tuple[Tensor, Tensor]:
         """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C), and the tokens."""
         attn, parts, options = self.attn, self.read_attention(), (self.patch_size, self.backend)
         if (
@@ -173,7 +187,7 @@ class CATBlock(StandIn):
         ):
             # before the norm complains in words of its own
             check_input(tokens, parts)
-        joins = not (call_reasons(tokens, self.backend) or norm_reasons(self.norm1, tokens))
+        joins = serves and not norm_reasons(self.norm1, tokens)
         plain = None if parts is None else parts.plain_layers
         if joins and self.attn_type == "ipsa" and parts is not None and plain is not None:
             x = reference.to_map(tokens, *size)
@@ -192,17 +206,17 @@ class CATBlock(StandIn):
             return attn(x), tokens
         return self._attend_through_tokens(x), tokens
 
-    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor, serves: bool) -> Tensor:
         """``x + drop_path(branch)``."""
-        if call_reasons(x, self.backend) or residual_reasons(self.drop_path):
+        if not serves or residual_reasons(self.drop_path):
             # a sum, no view of one: FSDP2 marks the result, and a view that changes loses its mark
             return x + self.drop_path(branch)
         return add_branch(x, branch, drop_factor(self.drop_path, branch.dtype, x))
 
-    def _add_mlp(self, x: Tensor) -> Tensor:
+    def _add_mlp(self, x: Tensor, serves: bool) -> Tensor:
         """``x + drop_path(mlp(norm2(x)))``."""
-        mlp, serves = self.read_mlp(), not call_reasons(x, self.backend)
-        if serves and mlp is not None:
+        mlp = self.read_mlp() if serves else None
+        if mlp is not None:
             together = mlp_together(self.norm2, mlp, self.drop_path, x)
             if together is not None:
                 factor = drop_factor(self.drop_path, compute_dtype(x), x)
@@ -211,17 +225,17 @@ class CATBlock(StandIn):
             normed, x = norm_residual(x, self.norm2)
         else:
             normed = self.norm2(x)
-        return self._add(x, self.mlp(normed))
+        return self._add(x, self.mlp(normed), serves)
 
     def read_mlp(self) -> MlpParts | None:
         """What the MLP consists of, or None where its call may do more than these parts."""
-        if type(self.mlp) not in (Mlp, self._read_mlp_class) or is_intercepted(self.mlp):
-            return None
-        return MlpParts.of(self.mlp)
+        mlp, trust = self.mlp, self._mlp_trust
+        known = type(mlp) is Mlp or (trust is not None and trust.holds_for(mlp))
+        return MlpParts.of(mlp) if known and not is_intercepted(mlp) else None
 
     def trust_mlp(self) -> None:
         """Take the parts of the MLP, whose class is none of ours, for all that there is to it."""
-        self._read_mlp_class = type(self.mlp)
+        self._mlp_trust = Trust.of(self.mlp)
 
     def _attend_through_tokens(self, x: Tensor) -> Tensor:
         """Call the attention itself with the tokens that official blocks give theirs."""

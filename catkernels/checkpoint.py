@@ -283,6 +283,11 @@ class _Configuration:
 
 def _unwrap(content: Any, where: str) -> dict[str, Tensor]:
     """The weights by name, out of whatever dictionary a training script saved them in."""
+    if isinstance(content, Mapping) and content.keys() == {"options", "state"}:
+        raise ValueError(
+            f"{where} is what train --resume goes on with. The weights are beside it, in "
+            "model.safetensors, once the run has ended: name that file"
+        )
     for name in _CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from catkernels.arguments import check_patch_size
-from catkernels.reference import num_patches
+from catkernels.reference import num_patches, relative_position_index
 from catkernels.torch_state.hooks import is_intercepted
 from catkernels.torch_state.tensors import is_wrapper
 
@@ -90,9 +91,10 @@ class AttentionParts(NamedTuple):
         """
         dropouts = (self.attn_drop, self.proj_drop)
         known = all(type(part) in (nn.Dropout, nn.Identity) for part in dropouts)
-        known = known and (type(self.softmax) is nn.Softmax or self.softmax is None)
+        softmax = self.softmax
+        known = known and (softmax is None or (type(softmax) is nn.Softmax and softmax.dim == -1))
         return known and not any(
-            is_intercepted(part) for part in (*dropouts, self.softmax) if part is not None
+            is_intercepted(part) for part in (*dropouts, softmax) if part is not None
         )
 
 
@@ -214,6 +216,16 @@ def patch_side(patch_size: Any) -> int | None:
         return check_patch_size(patch_size)
     except ValueError:
         return None
+
+
+def is_our_index(index: Tensor, side: int) -> bool:
+    """Whether an index into the bias table of N x N pixels orders it as ours does.
+
+    On the meta device it has no values and is trusted.
+    """
+    if index.shape != (side**2, side**2):
+        return False
+    return index.is_meta or torch.equal(index, relative_position_index(side, index.device))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

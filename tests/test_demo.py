@@ -15,7 +15,7 @@ from tiny_training import write_corrupt_dds
 from catkernels import official
 from catkernels.__main__ import main
 from catkernels.cat import CAT, VARIANTS
-from catkernels.commands import photo_demo
+from catkernels.commands import digits_demo, photo_demo
 from catkernels.commands.models import MODELS
 from catkernels.digits import WEIGHTS
 
@@ -122,3 +122,12 @@ def test_demo_errors_are_one_line_and_exit_2(arguments, message, tmp_path, capfd
     assert output == ""
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_neither_demo_writes_over_the_others_picture(monkeypatch):
+    saved = []
+    for demo in (photo_demo, digits_demo):
+        monkeypatch.setattr(demo, "run", lambda *_, save, **options: saved.append(save.name))
+    for model in ("digits", "cat_tiny"):
+        assert main(["demo", "--model", model]) == 0
+    assert saved == ["catkernels-digits.png", "catkernels-photo.png"]

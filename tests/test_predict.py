@@ -16,6 +16,7 @@ from catkernels.cat import CAT
 from catkernels.commands.models import MODELS
 from catkernels.digits import WEIGHTS
 from catkernels.training.data import digits_data
+from catkernels.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_what_cannot_be_read_is_named_beside_the_rest(trained, photos, tmp_path,
         (["{photo}", "--checkpoint", "nowhere.pth"], "there is no checkpoint file nowhere.pth"),
         (["{photo}", "--checkpoint", "{text}"], "is no checkpoint that torch.save wrote"),
         (["{photo}", "--checkpoint", "{other}"], "is of none of the models digits, cat_tiny"),
+        (["{photo}", "--checkpoint", "{run}"], "model.safetensors, once the run has ended: name"),
         (["{photo}", "--checkpoint", "{backbone}"], "it holds no head to classify with"),
         (["{photo}", "--checkpoint", "{small}"], "It was trained at another size, or built with"),
         (["{photo}", "--top", "0"], "'0' is not a whole number from 1 to 1000"),
@@ -114,13 +116,15 @@ def test_what_cannot_be_read_is_named_beside_the_rest(trained, photos, tmp_path,
 )
 def test_errors_are_one_line_and_exit_2(trained, photos, tmp_path, capfd, arguments, message):
     (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path, {}, processes=1).save_checkpoint({})
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "run.pt")
     (tmp_path / "text.txt").write_text("neither an image nor weights")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
     backbone = CAT(**(MODELS["digits"] | {"out_indices": (0, 1)}))
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
     small = CAT(**(MODELS["digits"] | {"img_size": 4}))
     torch.save(small.state_dict(), tmp_path / "small.pth")
-    names = ("empty", "text.txt", "other.pth", "backbone.pth", "small.pth")
+    names = ("empty", "text.txt", "run.pt", "other.pth", "backbone.pth", "small.pth")
     files = {name.split(".")[0]: tmp_path / name for name in names}
     arguments = [text.format(photo=photos / "dark" / "0.png", **files) for text in arguments]
     if "--checkpoint" not in arguments:

@@ -91,6 +91,11 @@ class AlwaysInEvaluation(official.CATBlock):
         return super().train(False)
 
 
+class StaysInSinglePrecision(official.CATBlock):
+    def _apply(self, fn, recurse=True):
+        return super()._apply(lambda tensor: fn(tensor).float(), recurse)
+
+
 def spoil(block: nn.Module, how: str) -> None:
     """Make a block one that ours must not replace."""
     attn = block.attn
@@ -111,6 +116,10 @@ def spoil(block: nn.Module, how: str) -> None:
             block.__class__ = WithSize
         case "own train":
             block.__class__ = AlwaysInEvaluation
+        case "own casts":
+            block.__class__ = StaysInSinglePrecision
+        case "instance train":
+            block.train = block.train
         case "drop path is a number":
             del block.drop_path
             block.drop_path = 0.0
@@ -147,6 +156,8 @@ SPOILT = {
     "context": r"takes \(self, x, context\)",
     "keyword": r"takes \(self, x, size\)",
     "own train": "its class has a train of its own",
+    "own casts": "its class has a _apply of its own",
+    "instance train": "its train was replaced on the instance",
     "drop path is a number": "has no drop_path",
     "no norm": "has no norm1",
     "proj drop is a number": "has no proj_drop",

@@ -14,9 +14,9 @@ def run(
     size: int | None,
     batch: int | None,
     checkpoint: Path | None,
-    save: Path,
+    save: Path | None,
 ) -> None:
-    """Run the demo that fits the model, and leave a picture in ``save``.
+    """Run the demo that fits the model, and leave a picture.
 
     Args:
         model: a name of `catkernels.commands.models.MODELS`; None: the checkpoint's, or cat_small.
@@ -24,15 +24,14 @@ def run(
         size: side of the square that it becomes; None: what the model was trained with, or 224.
         batch: copies of it; None: 8.
         checkpoint: weights; None: those that ship of the digits' model, random ones of others.
+        save: where the picture goes; None: a name that says which of the demos it is of.
 
     Raises:
         OSError: a file cannot be read or written.
         ValueError: the options contradict each other or the checkpoint.
     """
-    if save.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
-    if not save.parent.is_dir():
-        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")
+    if save is not None:
+        _check_picture(save)
     trained = None if checkpoint is None else read_checkpoint(checkpoint, model)
     model = model or (trained.model if trained else "cat_small")
     # the model for digits, but trained on photos, is one for photos
@@ -43,8 +42,16 @@ def run(
             raise ValueError(
                 "--image, --size and --batch are of photos: leave them out, or give another --model"
             )
-        digits_demo.run(trained, save=save)
+        digits_demo.run(trained, save=save or Path("catkernels-digits.png"))
     else:
         from catkernels.commands import photo_demo
 
+        save = save or Path("catkernels-photo.png")
         photo_demo.run(model, trained, image=image, size=size, batch=batch or 8, save=save)
+
+
+def _check_picture(save: Path) -> None:
+    if save.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"cannot save {save}: the picture is a .png, .svg or .pdf")
+    if not save.parent.is_dir():
+        raise ValueError(f"cannot save {save}: there is no folder {save.parent}")

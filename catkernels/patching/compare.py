@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from catkernels.block import CATBlock
 from catkernels.modules import CPSA, IPSA
 from catkernels.parts import BlockParts, MlpParts, has_mlp_parts, has_official_parts
-from catkernels.patching.twin import OF_EVERY_MODULE, Twins
+from catkernels.patching.twin import Twins
 from catkernels.torch_state.hooks import global_hooks_set_aside
 from catkernels.torch_state.modes import plainly_on_cpu
+from catkernels.trust import OF_EVERY_MODULE
 
 # Two orders of the same operations differ by 1e-15 of their result in float64, and by 1e-7 where a
 # block takes its softmax in single precision.

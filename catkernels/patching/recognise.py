@@ -12,13 +12,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from catkernels import reference
 from catkernels.block import CATBlock
-from catkernels.parts import patch_side
+from catkernels.parts import is_our_index, patch_side
 from catkernels.torch_state.hooks import is_compiled, wraps_compiled
 
-# What a block of ours does as every module does; a class that does it in its own way keeps its way.
-_KEPT_METHODS = ("train", "state_dict", "_load_from_state_dict", "get_extra_state")
+# What a class may have of its own beside its forward, and ours need not do.
+_ONLY_THEIRS = ("forward", "extra_repr", "_get_name")
 
 
 def resembles_block(module: nn.Module) -> bool:
@@ -70,12 +69,14 @@ def _block_reasons(block: Any) -> Iterator[str]:
     if block.attn_type not in ("ipsa", "cpsa"):
         yield f"attn_type is {block.attn_type!r}, not 'ipsa' or 'cpsa'"
     yield from _unknown_parts(block, "the block", set(CATBlock.CHILDREN), set())
-    if "forward" in vars(block):
-        yield "its forward was replaced on the instance"
+    replaced = [name for name in vars(block) if _is_method_of_modules(name)]
+    if replaced:
+        yield f"its {', '.join(replaced)} was replaced on the instance"
     parameters = list(inspect.signature(type(block).forward).parameters)
     if len(parameters) != 2:
         yield f"its forward takes ({', '.join(parameters)}), not (self, x)"
-    overridden = [name for name in _KEPT_METHODS if _overrides(block, name)]
+    # a block of ours does them as every module does
+    overridden = [name for name in _own_methods(type(block)) if name not in _ONLY_THEIRS]
     if overridden:
         yield f"its class has a {', '.join(overridden)} of its own"
     if getattr(block, "shift_size", 0):
@@ -114,7 +115,7 @@ def _attention_reasons(block: Any) -> Iterator[str]:
         if table is None or (table.shape != expected and not _is_sharded_tensor(table)):
             yield f"its bias table is no {expected} table"
         index = getattr(attn, "relative_position_index", None)
-        if index is not None and not _is_our_index(index, side):
+        if index is not None and not is_our_index(index, side):
             yield "its relative_position_index orders the bias table in another way"
     if block.attn_type == "cpsa":
         if attn.rpe or attn.num_heads != 1:
@@ -138,16 +139,17 @@ def _missing_modules(module: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
 
 
-def _overrides(module: nn.Module, method: str) -> bool:
-    return getattr(type(module), method) is not getattr(nn.Module, method)
+def _own_methods(kind: type[nn.Module]) -> list[str]:
+    """The methods of every module that a class, or one it is made of, has its own way for."""
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    names = {name for base in bases for name in vars(base) if _is_method_of_modules(name)}
+    return sorted(name for name in names if getattr(kind, name) is not getattr(nn.Module, name))
 
 
-def _is_our_index(index: torch.Tensor, side: int) -> bool:
-    if index.shape != (side**2, side**2):
-        return False
-    if index.is_meta:
-        return True
-    return torch.equal(index, reference.relative_position_index(side, index.device))
+def _is_method_of_modules(name: str) -> bool:
+    """Whether every module has a method of that name, or looks for one when it is called or set."""
+    special = name.startswith("__") and name not in ("__call__", "__getattr__", "__setattr__")
+    return not special and callable(getattr(nn.Module, name, None))
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -151,7 +151,7 @@ def _serving_parts(
 ) -> tuple[tuple[str, ...], str]:
     """The parts of a block of ours that kernels serve, and why they do not serve the others."""
     weight = next(block.norm2.parameters(), None)
-    if served_by == "raises" or weight is None:
+    if served_by == "raises" or weight is None or block.original_was_changed:
         return (), ""
     trains = block.training and any(parameter.requires_grad for parameter in block.parameters())
     channels = BlockParts.of(block).channels or len(weight)
@@ -167,6 +167,8 @@ def _serving_parts(
 
 def _serving(block: CATBlock, backend: Backend) -> tuple[str, str]:
     """What serves a block of ours where its parameters are now, and why that is not the kernels."""
+    if block.original_was_changed:
+        return "own", "the block, or its class, was changed after patching and is called itself"
     ours, attn = next(ours_within(block.attn), None), block.read_attention()
     own_call = ""
     if ours is not None:
@@ -216,6 +218,8 @@ def _why_called_itself(block: CATBlock) -> str:
     """Why a block calls an attention that is none of ours and does not compute with its parts."""
     if block.knows_attention:
         return "its attention carries hooks and is called itself"
+    if block.attention_was_changed:
+        return "its attention, or its class, was changed after patching and is called itself"
     return f"its attention is in a {type(block.attn).__name__}, which is called itself"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,8 @@ from torch import Tensor, nn
 
 from catkernels.parts import BlockParts, has_official_parts
 from catkernels.reference import relative_position_index
-from catkernels.torch_state.hooks import OWN_CALL
+from catkernels.trust import OF_EVERY_MODULE
 
-# What every module has of its own, and what says how it is called and not what it computes.
-OF_EVERY_MODULE = OWN_CALL.union(vars(nn.Module()))
 # Where PyTorch has modules that only compute. Its others talk to other processes, or compile.
 _LAYERS = "torch.nn.modules."
 
@@ -139,6 +138,9 @@ def _bare_twin(module: nn.Module) -> nn.Module:
     nn.Module.__init__(twin)
     for name, value in vars(module).items():
         if name not in OF_EVERY_MODULE:
+            if isinstance(value, MethodType) and value.__self__ is module:
+                # replaced on the instance, and to compute with what the twin has
+                value = MethodType(value.__func__, twin)
             vars(twin)[name] = _copied(value)
     return twin
 

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules import module as calls
 
-# What a call looks into.
-_CALL_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+# What the classes do whose calls are computed here in other ways.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Softmax, nn.Dropout, nn.Identity, nn.Conv2d)
+}
 # How the names end of all dictionaries that hold hooks, those of state_dicts among them.
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 # Set by a backward hook's registration, beside the dictionaries.
@@ -24,12 +27,22 @@ OWN_CALL = frozenset({"forward", "_compiled_call_impl"})
 
 
 def is_intercepted(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says.
+    """Whether calling ``module`` does more than its class says, or than PyTorch's class says.
 
-    That may be hooks, a forward of its own, or having been compiled by itself.
+    That may be hooks, a forward of its own or one that was put in the place of a whole class's, or
+    having been compiled by itself.
     """
-    hooks = (getattr(module, name) for name in _CALL_HOOKS)
-    return "forward" in vars(module) or is_compiled(module) or any(map(len, hooks))
+    own, kind = vars(module), type(module)
+    # without a loop: this is asked of every part of a block in every call
+    return bool(
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl") is not None
+        or (kind in _FORWARDS and kind.forward is not _FORWARDS[kind])
+    )
 
 
 def has_global_hooks() -> bool:

@@ -1,0 +1,87 @@
+"""That the parts of somebody's module are all that there is to its call, and that it still is so.
+
+What `patch` found out of a block, an attention or an MLP holds for its class as it was, and for the
+attributes it had. A method that is replaced, or an attribute that only the module's own code reads,
+ends it: such a module is called itself, as it would be in a model that is not patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from catkernels.torch_state.graphs import constant_in_graphs
+from catkernels.torch_state.hooks import OWN_CALL
+
+# What every module has of its own, and what says how it is called and not what it computes.
+OF_EVERY_MODULE = OWN_CALL.union(vars(nn.Module()))
+
+# What the classes that were found out have beside `nn.Module`'s, by name. A process that loads a
+# patched model finds them as they are there.
+_namespaces: dict[type[nn.Module], dict[str, object]] = {}
+
+
+@dataclass(frozen=True)
+class Trust:
+    """That a module is its parts, as long as it stays as it was when this was made.
+
+    Attributes:
+        kind: its class.
+        attributes: what it had of its own that only its own code reads; None: whatever it has.
+    """
+
+    kind: type[nn.Module]
+    attributes: dict[str, object] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, read: Collection[str] = ()) -> Trust:
+        """Trust a module as it is, whose attributes ``read`` are read anew for each call."""
+        kind = type(module)
+        _namespaces[kind] = _namespace(kind)
+        ignored = OF_EVERY_MODULE.union(read)
+        return cls(kind, {name: v for name, v in vars(module).items() if name not in ignored})
+
+    def holds_for(self, module: nn.Module) -> bool:
+        """Whether ``module`` is of that class, and nothing of it or of the class was replaced."""
+        if type(module) is not self.kind or not _is_as_it_was(self.kind):
+            return False
+        own = vars(module)
+        return self.attributes is None or (
+            self.attributes.keys() <= own.keys() and self.allows(own)
+        )
+
+    def allows(self, own: Mapping[str, object]) -> bool:
+        """Whether the attributes ``own`` replace neither a method nor an attribute it had."""
+        known = self.attributes or {}
+        of_class = _namespaces[self.kind].keys()
+        return (of_class.isdisjoint(own) or of_class & own.keys() <= known.keys()) and all(
+            _is_same(own[name], value) for name, value in known.items() if name in own
+        )
+
+
+@constant_in_graphs
+def _is_as_it_was(kind: type[nn.Module]) -> bool:
+    """Whether all that a class had when it was found out is still there."""
+    known = _namespaces.get(kind)
+    if known is None:
+        known = _namespaces[kind] = _namespace(kind)
+    return all(getattr(kind, name, None) is value for name, value in known.items())
+
+
+def _namespace(kind: type[nn.Module]) -> dict[str, object]:
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    names = {name for base in bases for name in vars(base) if not name.startswith("__")}
+    names.add("__call__")
+    values = {name: getattr(kind, name, None) for name in names}
+    # a class method is made anew each time it is asked for
+    return {name: value for name, value in values.items() if getattr(kind, name, None) is value}
+
+
+def _is_same(value: Any, former: Any) -> bool:
+    # a number that went through a file is another object
+    return value is former or (
+        type(value) is type(former) and isinstance(value, int | float | str) and value == former
+    )
