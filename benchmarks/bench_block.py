@@ -20,8 +20,11 @@ from benchmarks.operation import Case, Operation, Outputs, WorkModel
 from catkernels import official
 from catkernels.arguments import Backend
 from catkernels.cases import Shape, cat_stages, normal_numbers
-from catkernels.ops.norm import norm_linear_residual, norm_residual
-from catkernels.serving import call_reasons, norm_reasons
+from catkernels.ops.linear import linear_residual, norm_linear_residual
+from catkernels.ops.norm import norm_residual
+from catkernels.parts import AttentionParts
+from catkernels.serving import call_reasons, norm_reasons, proj_reasons, qkv_joins
+from catkernels.torch_state.precision import compute_dtype
 
 Inputs = dict[str, Tensor]
 
@@ -137,14 +140,21 @@ def official_norm_qkv(block: nn.Module, x: Tensor) -> Outputs:
 
 
 def our_norm_qkv(block: catkernels.CATBlock, x: Tensor) -> Outputs:
-    if call_reasons(x, block.backend) or norm_reasons(block.norm1, x):
-        return official_norm_qkv(block, x)
     qkv = block.attn.qkv
+    if call_reasons(x, block.backend) or not qkv_joins(block.norm1, qkv, x):
+        return official_norm_qkv(block, x)
     return norm_linear_residual(x, block.norm1, qkv.weight, qkv.bias)
 
 
-def proj_residual(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
+def official_proj_residual(block: nn.Module, x: Tensor, attended: Tensor) -> Tensor:
     return x + block.attn.proj(attended)
+
+
+def our_proj_residual(block: catkernels.CATBlock, x: Tensor, attended: Tensor) -> Tensor:
+    attn, proj = AttentionParts.of(block.attn), block.attn.proj
+    if call_reasons(x, block.backend) or proj_reasons(proj, attn, block.drop_path, x):
+        return official_proj_residual(block, x, attended)
+    return linear_residual(x, attended.to(compute_dtype(x)), proj.weight, proj.bias, None)
 
 
 def _operation(name: str, part: Part, forward_work: WorkModel, backward_work: WorkModel):
@@ -184,13 +194,20 @@ NORM = _operation(
 )
 NORM_QKV = _operation(
     "norm and qkv",
-    Part("ipsa", ("norm1.", "attn.qkv."), official_norm_qkv, our_norm_qkv, "norms"),
+    Part("ipsa", ("norm1.", "attn.qkv."), official_norm_qkv, our_norm_qkv, "projections"),
     roofline.norm_qkv_forward_work,
     roofline.norm_qkv_backward_work,
 )
 PROJ_RESIDUAL = _operation(
     "proj and residual",
-    Part("ipsa", ("attn.proj.",), proj_residual, proj_residual, "norms", ("x", "attended")),
+    Part(
+        "ipsa",
+        ("attn.proj.",),
+        official_proj_residual,
+        our_proj_residual,
+        "projections",
+        ("x", "attended"),
+    ),
     roofline.proj_residual_forward_work,
     roofline.proj_residual_backward_work,
 )

@@ -14,20 +14,23 @@ from catkernels.layers import DropPath, Mlp
 from catkernels.modules import (
     CPSA,
     IPSA,
+    attend_in_windows,
     check_floating,
     check_input,
     cpsa_layer,
     ipsa_layer,
     projects_for_kernels,
 )
-from catkernels.ops.linear import add_branch
-from catkernels.ops.norm import norm_linear_residual, norm_residual
-from catkernels.parts import BlockParts, MlpParts, map_size
+from catkernels.ops.linear import add_branch, linear_residual, norm_linear_residual
+from catkernels.ops.norm import norm_residual
+from catkernels.parts import AttentionParts, BlockParts, MlpParts, map_size
 from catkernels.serving import (
     call_reasons,
     drop_factor,
     mlp_together,
     norm_reasons,
+    proj_reasons,
+    qkv_joins,
     residual_reasons,
     unserved_parts,
 )
@@ -139,14 +142,13 @@ class CATBlock(StandIn):
         height, width = self._map_size(x)
         tokens = x.flatten(1, 2) if x.dim() == 4 else x
         serves = not call_reasons(x, self.backend)
-        attended, tokens = self._attend(tokens, (height, width), serves)
-        tokens = self._add(tokens, attended.flatten(1, 2), serves)
+        tokens = self._add_attention(tokens, (height, width), serves)
         if tokens.dtype != x.dtype:
             # an attention of somebody's own may give another one
             serves = not call_reasons(tokens, self.backend)
         return self._add_mlp(tokens.reshape(x.shape), serves)
 
-    def unsupported_parts(self, x: Tensor) -> dict[str, list[str]]:
+    def unsupported_parts(self, x: Tensor, backend: Backend | None = None) -> dict[str, list[str]]:
         """Why the Triton kernels cannot serve parts of a call with ``x``, beside the attention.
 
         Where they serve the attention, `catkernels.unsupported_reasons` says. Autocast, gradients
@@ -154,12 +156,23 @@ class CATBlock(StandIn):
 
         Args:
             x: as `forward` takes it.
+            backend: what is asked for; None: the block's own.
 
         Returns:
-            One sentence a reason, for the "norms" and the "MLP"; no sentence where kernels serve.
+            One sentence a reason, for the "norms", the "MLP" and, of an IPSA block, its
+            "projections": qkv with the norm, proj with the residual. No sentence where kernels
+            serve.
         """
-        parts = (self.norm1, self.norm2, self.read_mlp(), self.drop_path)
-        return unserved_parts(*parts, x, self.backend)
+        return unserved_parts(
+            x,
+            self.backend if backend is None else backend,
+            norm1=self.norm1,
+            norm2=self.norm2,
+            attn=self.read_attention(),
+            mlp=self.read_mlp(),
+            drop_path=self.drop_path,
+            window=self.patch_size if self.attn_type == "ipsa" else None,
+        )
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
@@ -177,9 +190,9 @@ class CATBlock(StandIn):
             )
         return size
 
-    def _attend(self, tokens: Tensor, size: tuple[int, int], serves: bool) -> tuple[Tensor, Tensor]:
-        """``attn(norm1(tokens))`` of tokens (B, H*W, C), as a map (B, H, W, C), and the tokens."""
-        attn, parts, options = self.attn, self.read_attention(), (self.patch_size, self.backend)
+    def _add_attention(self, tokens: Tensor, size: tuple[int, int], serves: bool) -> Tensor:
+        """``x + drop_path(attn(norm1(x)))`` of tokens (B, H*W, C), which a map of a size is."""
+        parts = self.read_attention()
         if (
             parts is not None
             and type(self.norm1) is nn.LayerNorm
@@ -187,24 +200,49 @@ class CATBlock(StandIn):
         ):
             # before the norm complains in words of its own
             check_input(tokens, parts)
-        joins = serves and not norm_reasons(self.norm1, tokens)
-        plain = None if parts is None else parts.plain_layers
-        if joins and self.attn_type == "ipsa" and parts is not None and plain is not None:
+        if serves and parts is not None and parts.plain_layers and self.attn_type == "ipsa":
             x = reference.to_map(tokens, *size)
-            if projects_for_kernels(parts, x, *options):
-                qkv, x = norm_linear_residual(x, self.norm1, plain[0].weight, plain[0].bias)
-                return ipsa_layer(parts, x, *options, qkv=qkv)[0], x.flatten(1, 2)
-        if joins:
+            if projects_for_kernels(parts, x, self.patch_size, self.backend):
+                return self._add_ipsa(tokens, size, parts, *parts.plain_layers)
+        if serves and not norm_reasons(self.norm1, tokens):
             normed, tokens = norm_residual(tokens, self.norm1)
         else:
             normed = self.norm1(tokens)
-        x = reference.to_map(normed, *size)
+        attended = self._attend(reference.to_map(normed, *size), parts)
+        return self._add(tokens, attended.flatten(1, 2), serves)
+
+    def _add_ipsa(
+        self,
+        tokens: Tensor,
+        size: tuple[int, int],
+        parts: AttentionParts,
+        qkv: nn.Linear,
+        proj: nn.Linear,
+    ) -> Tensor:
+        """The same by kernels, for which its linear layers are just their weights and biases."""
+        if qkv_joins(self.norm1, qkv, tokens):
+            projected, tokens = norm_linear_residual(tokens, self.norm1, qkv.weight, qkv.bias)
+        else:
+            normed = self.norm1(tokens)
+            check_input(normed, parts)
+            projected = qkv(normed)
+        options = (self.patch_size, self.backend)
+        attended, _ = attend_in_windows(parts, reference.to_map(projected, *size), *options)
+        attended = attended.flatten(1, 2)
+        if proj_reasons(proj, parts, self.drop_path, tokens):
+            return self._add(tokens, parts.proj_drop(proj(attended)), serves=True)
+        factor = drop_factor(self.drop_path, attended.dtype, tokens)
+        return linear_residual(tokens, attended, proj.weight, proj.bias, factor)
+
+    def _attend(self, x: Tensor, parts: AttentionParts | None) -> Tensor:
+        """``attn`` of a map (B, H, W, C), which may be known to be nothing but its parts."""
+        attn = self.attn
         if parts is not None and not isinstance(attn, IPSA | CPSA):
             layer = ipsa_layer if self.attn_type == "ipsa" else cpsa_layer
-            return layer(parts, x, *options)[0], tokens
+            return layer(parts, x, self.patch_size, self.backend)[0]
         if isinstance(attn, IPSA | CPSA) or not self.attention_takes_tokens:
-            return attn(x), tokens
-        return self._attend_through_tokens(x), tokens
+            return attn(x)
+        return self._attend_through_tokens(x)
 
     def _add(self, x: Tensor, branch: Tensor, serves: bool) -> Tensor:
         """``x + drop_path(branch)``."""

@@ -267,9 +267,11 @@ def results(
     given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
     leaves = {name: t.detach().requires_grad_(differentiate) for name, t in given.items()}
     out = attend(*(leaves.get(name) for name in inputs))
-    if not differentiate:
+    if grad_out is None:
         return {"out": out}
-    grads = torch.autograd.grad(out, list(leaves.values()), grad_out, allow_unused=True)
+    grads = torch.autograd.grad(
+        out, list(leaves.values()), grad_out.to(out.dtype), allow_unused=True
+    )
     gradients = {f"d{k}": g for k, g in zip(leaves, grads, strict=True) if g is not None}
     return {"out": out.detach(), **gradients}
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from catkernels.cases import CPSACase, Inputs, IPSACase, Shape, normal_numbers, results
-from catkernels.ops import mlp, norm
+from catkernels.block_cases import MLPCase, NormCase, ProjectionCase
+from catkernels.cases import CPSACase, Inputs, IPSACase, Shape, results
 from catkernels.torch_state.precision import allows_tf32
 
 
@@ -46,78 +44,6 @@ class Case(Protocol):
     def unsupported_reasons(
         self, device: torch.device, dtype: torch.dtype, needs_grad: bool
     ) -> list[str]: ...
-
-
-@dataclass(frozen=True)
-class MLPCase:
-    """An MLP with its norm and residual, 4C hidden units: by one kernel, or else by several."""
-
-    name: str
-    batch: int
-    height: int
-    width: int
-    channels: int
-    dropout_p: float = 0.0
-    mixed: bool = False
-
-    def __str__(self) -> str:
-        return self.name
-
-    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
-        normal = normal_numbers(device, seed)
-        channels = self.channels
-        x = normal(self.shape.size) + 0.3
-        weights = {
-            "norm.weight": 1 + 0.2 * normal((channels,)),
-            "norm.bias": 0.3 * normal((channels,)),
-            "fc1.weight": 1.5 * channels**-0.5 * normal((4 * channels, channels)),
-            "fc1.bias": 0.3 * normal((4 * channels,)),
-            "fc2.weight": 1.5 * (4 * channels) ** -0.5 * normal((channels, 4 * channels)),
-            "fc2.bias": 0.3 * normal((channels,)),
-        }
-        tensors = {"x": x, **weights}
-        return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-
-    def attend(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """By the kernels."""
-        layers = _MLPLayers(self.channels)
-        names = (name for name, _ in layers.named_parameters())
-        return functional_call(layers, dict(zip(names, weights, strict=True)), (x,))
-
-    def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
-        """By PyTorch."""
-        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-        normed = F.layer_norm(x, (self.channels,), norm_weight, norm_bias)
-        return x + F.linear(F.gelu(F.linear(normed, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-
-    def kept(self, seed: int) -> Tensor:
-        """No attention weights, of which all are kept."""
-        return torch.ones((), dtype=torch.bool)
-
-    def unsupported_reasons(
-        self, device: torch.device, dtype: torch.dtype, needs_grad: bool
-    ) -> list[str]:
-        return norm.unsupported_reasons(device=device, dtypes={dtype}, channels=self.channels)
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.name, self.batch, self.height, self.width, self.channels, num_heads=1)
-
-
-class _MLPLayers(nn.Module):
-    """What `catkernels.ops.mlp` takes: a norm and two linear layers."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels, device="meta")
-        self.fc1 = nn.Linear(channels, 4 * channels, device="meta")
-        self.fc2 = nn.Linear(4 * channels, channels, device="meta")
-
-    def forward(self, x: Tensor) -> Tensor:
-        together = mlp.fused_mlp
-        if mlp.fused_reasons(products=x.dtype, shape=self.fc1.weight.shape):
-            together = mlp.split_mlp
-        return together(x, self.norm, self.fc1, self.fc2, None)
 
 
 # A family is what shares kernels. Of each there are calls as small as they show every branch, and
@@ -184,6 +110,37 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
     "mlp, more channels": (
         MLPCase("CAT-S, stage 3", 1, 14, 14, 384),
         MLPCase("CAT-S, stage 4", 1, 7, 7, 768),
+    ),
+    "norm": (
+        NormCase("CAT-S, stage 1", 1, 56, 56, 96),
+        NormCase("CAT-S, stage 2", 1, 28, 28, 192),
+        NormCase("CAT-S, stage 3", 1, 14, 14, 384),
+        NormCase("CAT-S, stage 4", 1, 7, 7, 768),
+    ),
+    "projections": (
+        ProjectionCase("32 channels", 2, 7, 9, 32),
+        ProjectionCase("CAT-T, stage 1", 1, 56, 56, 64),
+        ProjectionCase("CAT-S, stage 1, 8 images", 8, 56, 56, 96),
+        ProjectionCase("CAT-T, stage 2", 1, 28, 28, 128),
+        ProjectionCase("CAT-S, stage 2", 1, 28, 28, 192),
+    ),
+    "mlp, map in float32": (
+        MLPCase("32 channels", 2, 7, 9, 32, mixed=True),
+        MLPCase("CAT-T, stage 1", 1, 56, 56, 64, mixed=True),
+        MLPCase("CAT-S, stage 1", 1, 56, 56, 96, mixed=True),
+        MLPCase("CAT-T, stage 2", 1, 28, 28, 128, mixed=True),
+        MLPCase("CAT-S, stage 2", 1, 28, 28, 192, mixed=True),
+        MLPCase("CAT-S, stage 3", 1, 14, 14, 384, mixed=True),
+        MLPCase("CAT-S, stage 4", 1, 7, 7, 768, mixed=True),
+    ),
+    "norm and projections, map in float32": (
+        NormCase("norm, stage 1", 1, 56, 56, 96, mixed=True),
+        NormCase("norm, stage 2", 1, 28, 28, 192, mixed=True),
+        NormCase("norm, stage 3", 1, 14, 14, 384, mixed=True),
+        NormCase("norm, stage 4", 1, 7, 7, 768, mixed=True),
+        ProjectionCase("CAT-T, stage 1", 1, 56, 56, 64, mixed=True),
+        ProjectionCase("CAT-S, stage 1", 1, 56, 56, 96, mixed=True),
+        ProjectionCase("CAT-S, stage 2", 1, 28, 28, 192, mixed=True),
     ),
 }
 # What an interpreter does in seconds.

@@ -204,12 +204,8 @@ def ipsa_layer(
     patch_size: int,
     backend: Backend,
     return_attention: bool = False,
-    qkv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """IPSA of a map (B, H, W, C) with these parts, and the attention weights where asked for.
-
-    With ``qkv`` (B, H, W, 3C), what the plain layer of this name gives is known already.
-    """
+    """IPSA of a map (B, H, W, C) with these parts, and the attention weights where asked for."""
     check_input(x, attn)
     height, width = x.shape[1:3]
     plain = attn.plain_layers
@@ -218,19 +214,8 @@ def ipsa_layer(
         x = reference.pad_to_patches(x, patch_size)
 
     def attend(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        output, attention = _pair(
-            ipsa_attention(
-                _project(attn, attn.qkv, x, patch_size) if qkv is None else qkv,
-                attn.table,
-                num_heads=attn.num_heads,
-                patch_size=patch_size,
-                scale=attn.scale,
-                qkv_bias=None if plain is None else plain[0].bias,
-                dropout_p=attn.dropout_p,
-                return_attention=return_attention,
-                backend=backend,
-            )
-        )
+        qkv = _project(attn, attn.qkv, x, patch_size)
+        output, attention = attend_in_windows(attn, qkv, patch_size, backend, return_attention)
         output = _project(attn, attn.proj, output, patch_size)
         return output if plain is not None else output[:, :height, :width], attention
 
@@ -242,6 +227,30 @@ def ipsa_layer(
             return attn.proj_drop(cpu.layer_in_slices(lambda x: attend(x)[0], x)), None
     output, attention = attend(x)
     return attn.proj_drop(output), attention
+
+
+def attend_in_windows(
+    attn: AttentionParts,
+    qkv: Tensor,
+    patch_size: int,
+    backend: Backend,
+    return_attention: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """IPSA between its linear layers: of what ``qkv`` gave (B, H, W, 3C), before ``proj``."""
+    plain = attn.plain_layers
+    return _pair(
+        ipsa_attention(
+            qkv,
+            attn.table,
+            num_heads=attn.num_heads,
+            patch_size=patch_size,
+            scale=attn.scale,
+            qkv_bias=None if plain is None else plain[0].bias,
+            dropout_p=attn.dropout_p,
+            return_attention=return_attention,
+            backend=backend,
+        )
+    )
 
 
 def _project(attn: AttentionParts, layer: nn.Module, x: Tensor, patch_size: int) -> Tensor:
@@ -257,13 +266,11 @@ def _project(attn: AttentionParts, layer: nn.Module, x: Tensor, patch_size: int)
 def projects_for_kernels(
     attn: AttentionParts, x: Tensor, patch_size: int, backend: Backend
 ) -> bool:
-    """Whether IPSA of ``x`` takes what ``qkv`` as a plain linear layer gives, and kernels take it.
+    """Whether kernels serve IPSA of ``x`` through plain layers, whose dtype is that of ``x``.
 
     Raises:
         ValueError: ``backend="triton"`` cannot serve the call.
     """
-    if not (attn.qkv_is_plain and attn.proj_is_plain):
-        return False
     one_dtype = all(p.dtype == x.dtype for p in attn.qkv.parameters()) or autocast_is_on(x.device)
     return one_dtype and ipsa_runs_kernels(
         x, head_dim=attn.head_dim, patch_size=patch_size, backend=backend

@@ -84,6 +84,11 @@ class AttentionParts(NamedTuple):
         return (qkv, proj) if isinstance(qkv, nn.Linear) and isinstance(proj, nn.Linear) else None
 
     @property
+    def drops_output(self) -> bool:
+        """Whether values that ``proj`` gives are dropped at present."""
+        return _dropout_probability(self.proj_drop) > 0
+
+    @property
     def is_arithmetic(self) -> bool:
         """Whether the softmax and the dropouts, which ours does not call, are just what they say.
 

@@ -1,4 +1,4 @@
-"""Which kernels serve what a block has beside its attention, and why none does.
+"""Which kernels serve what a block has beside the core of its attention, and why none does.
 
 | part | what kernels do | where |
 |---|---|---|
@@ -6,24 +6,28 @@
 | MLP | GELU and its backward pass with fc1's bias, `split_mlp` | training, not compiled |
 | norms | the backward pass with the residual's gradient, `ops.norm` | training, not compiled |
 | norms | the cast to half precision | autocast |
+| IPSA's qkv | norm and layer: `ops.linear.norm_linear_residual` | half precision, C <= 192 |
+| IPSA's proj | layer, residual: `ops.linear.linear_residual` | half precision, C <= 192 |
 | residuals | DropPath's factor and the sum, `ops.linear` | where norms or MLP are served |
 
-Whatever is not as the official code has it, or is listened to, goes its own way.
+From 384 channels on, what binds is the rate of products, at which PyTorch's are as fast as any of
+ours. Whatever is not as the official code has it, or is listened to, goes its own way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from catkernels.arguments import Backend
 from catkernels.layers import DropPath
+from catkernels.ops import ipsa, linear
 from catkernels.ops import mlp as mlps
 from catkernels.ops import norm as norms
 from catkernels.ops.operator import needs_grad
-from catkernels.parts import MlpParts, is_plain_linear
+from catkernels.parts import AttentionParts, MlpParts, is_plain_linear
 from catkernels.torch_state import hooks, transforms
 from catkernels.torch_state.device import device_reasons
 from catkernels.torch_state.precision import autocast_is_on, compute_dtype
@@ -58,6 +62,28 @@ def norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
     if not (reasons or _trains(norm, x) or autocast_is_on(x.device)):
         reasons.append("in inference PyTorch's norm takes one pass as well")
     return reasons
+
+
+def qkv_joins(norm: nn.Module, qkv: nn.Linear, x: Tensor) -> bool:
+    """Whether kernels compute ``qkv(norm(x))``, as one, or the norm and its gradients for it."""
+    return not (qkv_reasons(norm, qkv, x) and norm_reasons(norm, x))
+
+
+def qkv_reasons(norm: nn.Module, qkv: nn.Linear, x: Tensor) -> list[str]:
+    """Why ``qkv(norm(x))`` is no single kernel; ``qkv`` is a plain layer."""
+    return _plain_norm_reasons(norm, x) + _joined_reasons("qkv", qkv, x, channels=1)
+
+
+def proj_reasons(
+    proj: nn.Linear, attn: AttentionParts, drop_path: nn.Module, x: Tensor
+) -> list[str]:
+    """Why ``x + drop_path(proj(attended))`` is no single kernel; ``proj`` is a plain layer."""
+    reasons = drop_path_reasons(drop_path)
+    if attn.drops_output:
+        reasons.append("the attention drops output values in training")
+    if proj.in_features != attn.num_heads * attn.head_dim:
+        reasons.append("proj takes other channels than the attention gives")
+    return reasons + _joined_reasons("proj", proj, x, channels=0)
 
 
 def mlp_together(
@@ -99,24 +125,38 @@ def residual_reasons(drop_path: nn.Module) -> list[str]:
 
 
 def unserved_parts(
-    norm1: nn.Module,
-    norm2: nn.Module,
-    mlp: MlpParts | None,
-    drop_path: nn.Module,
     x: Tensor,
     backend: Backend,
+    *,
+    norm1: nn.Module,
+    norm2: nn.Module,
+    attn: AttentionParts | None,
+    mlp: MlpParts | None,
+    drop_path: nn.Module,
+    window: int | None,
 ) -> dict[str, list[str]]:
-    """Why kernels serve neither the norms nor the MLP of a block; no reason where they do."""
-    whole = call_reasons(x, backend)
-    if whole:
-        return {"norms": whole, "MLP": whole}
+    """Why kernels do not serve the parts of a block; no reason where they do.
+
+    Args:
+        attn, mlp: None where their calls may do more than their parts.
+        window: N of an IPSA block. None: CPSA's ``qkv`` and ``proj`` are parts of its kernels.
+    """
+    parts = ["norms", "MLP"] if window is None else ["norms", "MLP", "projections"]
+    if whole := call_reasons(x, backend):
+        return dict.fromkeys(parts, whole)
+    of_norm1, of_norm2 = norm_reasons(norm1, x), norm_reasons(norm2, x)
+    of_projections: list[str] = []
+    if window is not None:
+        of_qkv, of_proj = _projection_reasons(norm1, attn, window, drop_path, x)
+        of_projections = [*of_qkv, *of_proj]
+        # what computes qkv norms as well, and so does what computes an MLP
+        of_norm1 = of_norm1 if of_qkv else []
     fused = fused_mlp_reasons(norm2, mlp, drop_path, x)
     split = split_mlp_reasons(norm2, mlp, drop_path, x)
-    # the second norm is a part of an MLP that is served
-    norms_apart = [norm1] if not (fused and split) else [norm1, norm2]
-    of_norms = [reason for norm in norms_apart for reason in norm_reasons(norm, x)]
     of_mlp = [*fused, *split] if fused and split else []
-    return {"norms": list(dict.fromkeys(of_norms)), "MLP": list(dict.fromkeys(of_mlp))}
+    of_norm2 = of_norm2 if of_mlp else []
+    reasons = ([*of_norm1, *of_norm2], of_mlp, of_projections)
+    return {part: list(dict.fromkeys(why)) for part, why in zip(parts, reasons, strict=False)}
 
 
 def drop_path_reasons(drop_path: nn.Module) -> list[str]:
@@ -146,9 +186,47 @@ def _plain_norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
         reasons.append(f"the norm is over {norm.normalized_shape}, not over the channels")
     if norm.weight is None:
         reasons.append("the norm has no weights")
-    reasons += _parameter_reasons(norm.parameters(), x)
-    dtypes = {x.dtype, compute_dtype(x), *(p.dtype for p in norm.parameters())}
+    parameters = _parameters(norm)
+    reasons += _parameter_reasons(parameters, x)
+    dtypes = {x.dtype, compute_dtype(x), *(p.dtype for p in parameters)}
     return reasons + norms.unsupported_reasons(device=x.device, dtypes=dtypes, channels=x.shape[-1])
+
+
+def _joined_reasons(name: str, layer: nn.Linear, x: Tensor, *, channels: int) -> list[str]:
+    """Why no kernel joins a layer with a norm or residual of ``x``.
+
+    Args:
+        channels: the axis of the layer's weight that is those of ``x``.
+    """
+    size = layer.weight.shape
+    if size[channels] != x.shape[-1]:
+        return [f"{name} is a layer of other channels than x has"]
+    return _parameter_reasons(_parameters(layer), x) + linear.joined_reasons(
+        products=compute_dtype(x), channels=size[channels], features=size[1 - channels]
+    )
+
+
+def _projection_reasons(
+    norm: nn.Module, attn: AttentionParts | None, window: int, drop_path: nn.Module, x: Tensor
+) -> tuple[list[str], list[str]]:
+    """`qkv_reasons` and `proj_reasons` of an IPSA, or why its layers are called and not read."""
+    if attn is None:
+        called = ["the attention is called itself"]
+    elif attn.plain_layers is None:
+        called = ["qkv or proj is no plain nn.Linear, or carries hooks or parametrisations"]
+    else:
+        reasons = ipsa.unsupported_reasons(
+            device=x.device,
+            dtype=compute_dtype(x),
+            head_dim=attn.head_dim,
+            patch_size=window,
+            needs_grad=needs_grad(x),
+        )
+        if not reasons:
+            qkv, proj = attn.plain_layers
+            return qkv_reasons(norm, qkv, x), proj_reasons(proj, attn, drop_path, x)
+        called = ["the attention is left to the reference"]
+    return called, called
 
 
 def _plain_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
@@ -158,6 +236,9 @@ def _plain_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
     if not (is_plain_linear(mlp.fc1) and is_plain_linear(mlp.fc2)):
         return ["fc1 or fc2 is no plain nn.Linear, or carries hooks or parametrisations"]
     reasons = []
+    shape = mlp.fc1.weight.shape
+    if shape != mlp.fc2.weight.shape[::-1] or shape[1] != x.shape[-1]:
+        reasons.append("fc1 and fc2 are layers of other channels than x has")
     if type(mlp.act) is not nn.GELU or mlp.act.approximate != "none":
         reasons.append(f"the activation is {mlp.act}, not the exact GELU")
     if any(type(drop) not in (nn.Dropout, nn.Identity) for drop in mlp.drops):
@@ -166,8 +247,7 @@ def _plain_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
         reasons.append("the MLP drops values in training")
     first, second = mlp.drops
     reasons += _interception_reasons({"act": mlp.act, "drop": first, "the last drop": second})
-    layers = (*mlp.fc1.parameters(), *mlp.fc2.parameters())
-    return reasons + _parameter_reasons(layers, x)
+    return reasons + _parameter_reasons([*_parameters(mlp.fc1), *_parameters(mlp.fc2)], x)
 
 
 def _trains(norm: nn.Module, x: Tensor) -> bool:
@@ -186,8 +266,12 @@ def _interception_reasons(modules: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def _parameter_reasons(parameters: Iterable[Tensor], x: Tensor) -> list[str]:
-    parameters = list(parameters)
+def _parameters(layer: nn.LayerNorm | nn.Linear) -> list[Tensor]:
+    """Weight and bias, by name: to list a module's parameters takes longer than all the rest."""
+    return [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
+
+
+def _parameter_reasons(parameters: list[Tensor], x: Tensor) -> list[str]:
     if any(is_wrapper(parameter) for parameter in parameters):
         return ["parameters are wrappers around other tensors"]
     if any(p.dtype != x.dtype for p in parameters) and not autocast_is_on(x.device):

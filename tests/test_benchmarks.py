@@ -129,7 +129,7 @@ def test_a_right_provider_is_timed(subject, direction, provider, monkeypatch):
 
 
 @pytest.mark.usefixtures("device", "round_to_nearest_bf16", "launches", "tf32_on_gpus")
-@pytest.mark.parametrize("subject", sampled(bench_block.PARTS[:3], bench_block.BLOCKS), ids=str)
+@pytest.mark.parametrize("subject", sampled(bench_block.PARTS, bench_block.BLOCKS), ids=str)
 def test_blocks_and_their_parts_are_judged_by_kernels(subject, monkeypatch):
     """As on a GPU, in the mode that most train in."""
     monkeypatch.setattr(roofline, "ceilings", lambda dtype: Ceilings(1.0, 1.0))

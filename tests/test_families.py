@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from catkernels import families
+from catkernels.block_cases import MLPCase, NormCase, ProjectionCase
 from catkernels.cat import VARIANTS
 from catkernels.commands import check
 
@@ -45,12 +46,32 @@ def test_all_stages_of_cat_small_are_among_them():
     assert {(56 >> stage, channels << stage) for stage in range(4)} <= sizes
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(32, torch.float16), (384, torch.float32)])
-def test_an_mlp_by_the_kernels_is_what_it_is_said_to_be(channels, dtype, device, launches):
-    """In one kernel where its rows are short enough, else between PyTorch's products."""
-    case = families.MLPCase("rows that fill no tile", 1, 3, 7, channels)
-    task = families.Task("mlp", (case,), dtype, False, device.type, repeats=1)
+def judged(case, dtype, device):
+    task = families.Task("rows", (case,), dtype, False, device.type, repeats=1)
     row = check.judge(task)
     assert row.verdict == "right", row.detail
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("channels", "dtype"), [(32, torch.float16), (384, torch.float32)])
+def test_an_mlp_by_the_kernels_is_what_it_is_said_to_be(channels, dtype, mixed, device, launches):
+    """In one kernel where its rows are short enough, else between PyTorch's products."""
+    if mixed:
+        dtype = torch.float16
+    judged(MLPCase("rows that fill no tile", 1, 3, 7, channels, mixed), dtype, device)
     assert bool(launches["mlp_forward_kernel"]) == (channels == 32)
     assert bool(launches["bias_gelu_backward_kernel"]) == (channels == 384)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_projections_by_the_kernels_are_what_they_are_said_to_be(mixed, device, launches):
+    case = ProjectionCase("rows that fill no tile", 1, 3, 7, 32, mixed)
+    judged(case, torch.float16, device)
+    assert launches["norm_linear_kernel"] == launches["linear_residual_kernel"] == 2
+    assert case.unsupported_reasons(device, torch.float32, needs_grad=False)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_norm_by_the_kernels_is_what_it_is_said_to_be(mixed, device, launches):
+    judged(NormCase("rows that fill no tile", 1, 3, 7, 40, mixed), torch.float16, device)
+    assert launches["norm_backward_kernel"] == 2

@@ -17,7 +17,7 @@ from dense_cases import (
 )
 from torch import nn
 
-from catkernels.ops.norm import norm_linear_residual, norm_residual, unsupported_reasons
+from catkernels.ops.norm import norm_residual, unsupported_reasons
 from catkernels.torch_state.precision import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
@@ -37,30 +37,10 @@ def official_norm(modules, x):
     return modules["norm"](x).to(compute_dtype(x)).double(), 2 * x
 
 
-def weights(linear):
-    return linear.weight, linear.bias
-
-
-def projection(modules, x):
-    y, x = norm_linear_residual(x, modules["norm"], *weights(modules["fc1"]))
-    return y, 2 * x
-
-
-def official_projection(modules, x):
-    return modules["fc1"](modules["norm"](x)), 2 * x
-
-
 @pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
 @pytest.mark.parametrize("shape", sampled(SHAPES, MORE_SHAPES), ids=str)
 def test_norm(shape, mode, device):
     assert_right(norm, official_norm, half_block(shape[-1]), rows(*shape).to(device), mode)
-
-
-@pytest.mark.parametrize("mode", sampled(MODES, MORE_MODES), ids=str)
-@pytest.mark.parametrize("shape", sampled(SHAPES[:1], SHAPES[1:]), ids=str)
-def test_norm_and_linear_layer(shape, mode, device):
-    modules = half_block(shape[-1], hidden=24)
-    assert_right(projection, official_projection, modules, rows(*shape).to(device), mode)
 
 
 def without(name: str):
@@ -73,11 +53,8 @@ def without(name: str):
 
 CHANGES = {
     "no bias of the norm": without("norm.bias"),
-    "no bias of the linear layer": without("fc1.bias"),
     "a frozen norm": lambda modules: modules["norm"].requires_grad_(False),
     "a frozen weight of the norm": lambda modules: modules["norm"].weight.requires_grad_(False),
-    "a frozen linear layer": lambda modules: modules["fc1"].requires_grad_(False),
-    "a frozen bias": lambda modules: modules["fc1"].bias.requires_grad_(False),
     "only x learns": lambda modules: modules.requires_grad_(False),
     "another eps": lambda modules: setattr(modules["norm"], "eps", 0.1),
 }
@@ -85,50 +62,44 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_is_absent_or_frozen(change, device):
-    modules = half_block(32, hidden=24)
+    modules = half_block(32)
     change(modules)
-    for ours, official in ((norm, official_norm), (projection, official_projection)):
-        assert_right(ours, official, modules, rows(2, 40, 32).to(device), FLOAT32)
+    assert_right(norm, official_norm, modules, rows(2, 40, 32).to(device), FLOAT32)
 
 
-@pytest.mark.parametrize("call", [norm, projection])
 @pytest.mark.parametrize("used", [0, 1], ids=["the norm's output", "the residual"])
-def test_one_gradient_may_be_absent(call, used, device):
-    official = {norm: official_norm, projection: official_projection}[call]
+def test_one_gradient_may_be_absent(used, device):
     modules, x = half_block(32), rows(2, 40, 32).to(device)
     assert_right(
-        lambda *inputs: call(*inputs)[used],
-        lambda *inputs: official(*inputs)[used],
+        lambda *inputs: norm(*inputs)[used],
+        lambda *inputs: official_norm(*inputs)[used],
         modules,
         x,
         FLOAT32,
     )
 
 
-@pytest.mark.parametrize("call", [norm, projection])
-def test_nothing_is_kept_where_nothing_learns(call, device):
+def test_nothing_is_kept_where_nothing_learns(device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device)
     with torch.no_grad():
-        expected = call(modules, x)
-    actual = call(modules.requires_grad_(False), x)
+        expected = norm(modules, x)
+    actual = norm(modules.requires_grad_(False), x)
     assert not any(output.requires_grad for output in actual)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("call", [norm, projection])
-def test_results_are_the_same_bits_from_run_to_run(call, device):
+def test_results_are_the_same_bits_from_run_to_run(device):
     modules, x = half_block(64).to(device), rows(3, 100, 64).to(device)
-    first, second = (results(call, modules, x, AUTOCAST) for _ in range(2))
+    first, second = (results(norm, modules, x, AUTOCAST) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 @pytest.mark.launches_nothing
-@pytest.mark.parametrize("call", [norm, projection])
-def test_no_rows(call, device):
+def test_no_rows(device):
     modules = half_block(32).to(device)
-    found = results(call, modules, rows(0, 49, 32).to(device), FLOAT32)
+    found = results(norm, modules, rows(0, 49, 32).to(device), FLOAT32)
     assert found["gradient of x"].shape == (0, 49, 32)
-    gradients = [t for name, t in found.items() if "fc1" in name or "norm" in name]
+    gradients = [t for name, t in found.items() if "norm" in name]
     assert gradients
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -142,7 +113,7 @@ def test_any_strides(device):
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(call(modules, leaf)[0].sum(), leaf)[0]
 
-    torch.testing.assert_close(gradients(projection), gradients(official_projection))
+    torch.testing.assert_close(gradients(norm), gradients(official_norm))
 
 
 def test_a_row_that_is_not_finite_spoils_no_other(device):
@@ -179,9 +150,8 @@ def test_only_x_is_kept(device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device).requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        norm_linear_residual(x, modules["norm"], *weights(modules["fc1"]))
-    parameters = (modules["norm"].weight, modules["norm"].bias, modules["fc1"].weight)
-    expected = [x, *parameters]
+        norm_residual(x, modules["norm"])
+    expected = [x, modules["norm"].weight, modules["norm"].bias]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in expected]
 
 
@@ -191,10 +161,9 @@ def test_gradients_come_in_one_launch(device, launches):
     assert launches == {"norm_forward_kernel": 1, "norm_backward_kernel": 1}
 
 
-@pytest.mark.parametrize("call", [norm, projection])
-def test_second_derivatives_are_refused(call, device):
+def test_second_derivatives_are_refused(device):
     modules, x = half_block(32).to(device), rows(2, 40, 32).to(device).requires_grad_()
-    (gradient,) = torch.autograd.grad(call(modules, x)[0].square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(norm(modules, x)[0].square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'norms cannot be differentiated twice.*"reference"'):
         gradient.sum().backward()
 

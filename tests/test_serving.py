@@ -63,19 +63,26 @@ def test_training(kind, mode, device, launches, poisoned_memory):
     assert launches["bias_gelu_backward_kernel"] == (not fused)
     # norm1, and norm2 where the MLP is not one kernel
     assert launches["norm_backward_kernel"] == 1 + (not fused)
+    joined = fused and kind == "ipsa"
+    assert launches["norm_linear_kernel"] == launches["linear_residual_kernel"] == joined
 
 
 @pytest.mark.parametrize("mode", [FLOAT32, BFLOAT16, AUTOCAST], ids=str)
-def test_inference(mode, device, launches):
-    block, x = make_block("cpsa").eval(), rows(2, 7, 7, 32).to(device)
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference(kind, mode, device, launches):
+    block, x = make_block(kind).eval(), rows(2, 7, 7, 32).to(device)
     block.to(device, mode.stream)
     with torch.no_grad(), torch.autocast(device.type, mode.autocast, enabled=mode is AUTOCAST):
         actual, expected = seeded(block, x.to(mode.stream)), by_pytorch(block, x.to(mode.stream))
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, atol=0.05, rtol=0.02)
-    served = {name for name in launches if not name.startswith("cpsa")}
-    expected = {FLOAT32: set(), BFLOAT16: {"mlp_forward_kernel"}}
-    assert served == expected.get(mode, {"mlp_forward_kernel", "norm_forward_kernel"})
+    served = {name for name in launches if not name.startswith(("cpsa", "ipsa"))}
+    expected = set() if mode is FLOAT32 else {"mlp_forward_kernel"}
+    if mode is not FLOAT32 and kind == "ipsa":
+        expected |= {"norm_linear_kernel", "linear_residual_kernel"}
+    if mode is AUTOCAST and kind == "cpsa":
+        expected.add("norm_forward_kernel")
+    assert served == expected
 
 
 def test_tokens(device, launches):
@@ -188,6 +195,91 @@ def test_what_is_not_official_goes_its_own_way(obstacle, norms, mlps, device, la
     launches["the reference, which is none"] += 1
 
 
+def drop_output(block):
+    block.attn.proj_drop = nn.Dropout(0.5)
+
+
+# What is done to an IPSA block -> how often a kernel computes norm1 and qkv, and proj and residual.
+IPSA_OBSTACLES = {
+    "nothing": (lambda block: None, 1, 1),
+    "a hook on norm1": (lambda block: listen(block.norm1), 0, 1),
+    "another norm": (lambda block: setattr(block, "norm1", nn.RMSNorm(32)), 0, 1),
+    "a hook on qkv": (lambda block: listen(block.attn.qkv), 0, 0),
+    "a wrapped proj": (lambda block: wrap(block.attn, "proj"), 0, 0),
+    "a parametrised proj": (lambda block: parametrizations.weight_norm(block.attn.proj), 0, 0),
+    "a hook on the attention": (lambda block: listen(block.attn), 0, 0),
+    "a hook on proj_drop": (lambda block: listen(block.attn.proj_drop), 0, 0),
+    "dropout of the output": (drop_output, 1, 0),
+    "a hook on DropPath": (lambda block: listen(block.drop_path), 1, 0),
+    "another DropPath": (lambda block: setattr(block, "drop_path", HalfDropPath(0.5)), 1, 0),
+    "no biases": (
+        lambda block: [
+            layer.register_parameter("bias", None) for layer in (block.attn.qkv, block.attn.proj)
+        ],
+        1,
+        1,
+    ),
+    "a frozen block": (lambda block: block.requires_grad_(False), 1, 1),
+    "the reference": (lambda block: setattr(block, "backend", "reference"), 0, 0),
+}
+MORE_OF_IPSA = {"a wrapped proj", "a hook on proj_drop", "another DropPath", "the reference"}
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "qkvs", "projs"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.full] * (name in MORE_OF_IPSA))
+        for name, case in IPSA_OBSTACLES.items()
+    ],
+)
+def test_projections_that_are_not_official_go_their_own_way(
+    obstacle, qkvs, projs, device, launches
+):
+    block, x = make_block(drop_path=0.5).to(device), rows(2, 6, 7, 32).to(device)
+    obstacle(block)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        actual, expected = ({"x": call(block, x)} for call in (seeded, by_pytorch))
+    found = (launches["norm_linear_kernel"], launches["linear_residual_kernel"])
+    assert found == (qkvs, projs)
+    assert_near(actual, expected)
+    launches["the reference, which is none"] += 1
+
+
+def test_attention_dropout_draws_before_drop_path_does(device, launches):
+    """As where they are drawn apart."""
+    block = make_block(drop_path=0.5, attn_drop=0.5).to(device)
+    x = rows(4, 7, 7, 32).to(device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        joined = seeded(block, x)
+        assert launches["linear_residual_kernel"] == 1
+        block.drop_path.register_forward_hook(lambda module, arguments, output: None)
+        apart = seeded(block, x)
+    assert launches["linear_residual_kernel"] == 1
+    assert_near({"x": joined}, {"x": apart})
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("attn.qkv", nn.Linear(64, 96)),
+        ("attn.proj", nn.Linear(64, 32)),
+        ("attn.proj", nn.Linear(32, 64)),
+        ("mlp.fc1", nn.Linear(64, 128)),
+        ("mlp.fc2", nn.Linear(128, 64)),
+    ],
+    ids=str,
+)
+def test_a_layer_of_other_channels_is_left_to_pytorch(name, layer, device):
+    """Which says what is wrong with it; a kernel would read beyond its weight."""
+    block = make_block()
+    block.set_submodule(name, layer)
+    block, x = block.to(device, torch.bfloat16), rows(1, 7, 7, 32).to(device, torch.bfloat16)
+    part = "projections" if name.startswith("attn") else "MLP"
+    assert "other channels" in block.unsupported_parts(x)[part][0]
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        block(x)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_hook_on_all_modules_hears_every_part(kind, device):
     block, x = make_block(kind).to(device), rows(1, 7, 7, 32).to(device).requires_grad_()
@@ -204,12 +296,19 @@ def test_reasons(device):
     block, x = make_block(drop_path=0.5).to(device), rows(1, 7, 7, 32).to(device)
     x.requires_grad_()
     with torch.autocast(device.type, torch.bfloat16):
-        assert block.unsupported_parts(x) == {"norms": [], "MLP": []}
+        assert block.unsupported_parts(x) == {"norms": [], "MLP": [], "projections": []}
         listen(block.norm1)
         listen(block.mlp.act)
         reasons = block.unsupported_parts(x)
         assert reasons["norms"] == ["the norm carries hooks or a forward of its own"]
         assert reasons["MLP"] == ["act carries hooks or a forward of its own"]
+        assert reasons["projections"] == reasons["norms"]
+        listen(block.attn.proj)
+        (reason,) = block.unsupported_parts(x)["projections"]
+        assert "qkv or proj is no plain nn.Linear" in reason
+        listen(block.attn)
+        assert block.unsupported_parts(x)["projections"] == ["the attention is called itself"]
+        assert make_block("cpsa").to(device).unsupported_parts(x).keys() == {"norms", "MLP"}
         block.backend = "reference"
         assert set(map(tuple, block.unsupported_parts(x).values())) == {
             ("asked for the reference",)
@@ -217,10 +316,11 @@ def test_reasons(device):
     block = make_block().to(device).eval()
     with torch.no_grad():
         reasons = block.unsupported_parts(x)
+    half = "the kernels multiply in half precision, not in torch.float32"
     assert reasons["norms"] == ["in inference PyTorch's norm takes one pass as well"]
-    assert reasons["MLP"][0] == "the one kernel multiplies in half precision, not in torch.float32"
+    assert reasons["MLP"][0] == half
     # in training kernels join what stands between the products
-    assert block.unsupported_parts(x) == {"norms": [], "MLP": []}
+    assert block.unsupported_parts(x) == {"norms": [], "MLP": [], "projections": [half]}
     assert any("another dtype" in reason for reason in block.double().unsupported_parts(x)["MLP"])
 
 
@@ -233,6 +333,8 @@ def test_a_block_compiles_to_one_graph(kind, device, launches):
         for call in (compiled, block)
     )
     assert launches["mlp_forward_kernel"] == launches["mlp_backward_kernel"] == 2
+    joined = 2 * (kind == "ipsa")
+    assert launches["norm_linear_kernel"] == launches["linear_residual_kernel"] == joined
     assert_near(actual, expected)
 
 
@@ -365,9 +467,10 @@ def test_a_report_says_why_parts_are_left_to_pytorch(device):
     model = nn.Sequential(make_block().to(device).eval())
     (block,) = catkernels.patch(model, backend="triton").blocks
     assert block.kernels == ("attention",)
-    assert "MLP: the one kernel multiplies in half precision" in block.others
+    assert "MLP: the kernels multiply in half precision" in block.others
+    assert "projections: the kernels multiply in half precision" in block.others
     assert "norms: in inference" in block.others
     (block,) = catkernels.patch(model.bfloat16(), backend="triton").blocks
-    assert block.kernels == ("attention", "MLP")
+    assert block.kernels == ("attention", "projections", "MLP", "norms")
     (block,) = catkernels.patch(model, backend="reference").blocks
     assert (block.kernels, block.others) == ((), "")

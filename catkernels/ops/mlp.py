@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catkernels.ops import norm as norms
-from catkernels.ops.linear import add_branch, branch_gradient
+from catkernels.ops.linear import (
+    add_branch,
+    bias_gradient,
+    branch_gradient,
+    joined_reasons,
+    norm_linear_residual,
+    weight_gradient,
+)
 from catkernels.ops.operator import (
     call_once_differentiable,
     contiguous,
@@ -20,10 +27,9 @@ from catkernels.ops.operator import (
 )
 from catkernels.torch_state.precision import compute_dtype
 
-# The channels that a kernel holds as one or two tiles, and how many hidden units it takes at once.
-CHANNELS = (32, 64, 96, 128, 192)
+# How many hidden units a kernel takes at once.
 HIDDEN_STEP = 64
-# Of those, what a kernel of the backward pass has registers for.
+# The channels for which a kernel of the backward pass has registers.
 BACKWARD_CHANNELS = (32, 64, 96)
 # Columns of ones beside the norm's output, whose product then has fc1's bias gradient as well. They
 # are as many as keep rows aligned to 16 bytes.
@@ -38,15 +44,7 @@ def fused_reasons(*, products: torch.dtype, shape: torch.Size) -> list[str]:
         shape: (D, C), of the first linear layer's weight.
     """
     hidden, channels = shape
-    reasons = []
-    if products not in (torch.float16, torch.bfloat16):
-        reasons.append(f"the one kernel multiplies in half precision, not in {products}")
-    if channels not in CHANNELS:
-        taken = f"{', '.join(map(str, CHANNELS[:-1]))} or {CHANNELS[-1]}"
-        reasons.append(f"the one kernel takes {taken} channels, not {channels}")
-    if hidden % HIDDEN_STEP:
-        reasons.append(f"it takes hidden units in steps of {HIDDEN_STEP}, not {hidden}")
-    return reasons
+    return joined_reasons(products=products, channels=channels, features=hidden, step=HIDDEN_STEP)
 
 
 def fused_mlp(
@@ -73,7 +71,7 @@ def split_mlp(
     x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, factor: Tensor | None
 ) -> Tensor:
     """The same by PyTorch's products. Kept are ``x``, the hidden units, and GELU of them."""
-    h, x = norms.norm_linear_residual(x, norm, fc1.weight)
+    h, x = norm_linear_residual(x, norm, fc1.weight)
     return add_branch(x, fc2(bias_gelu(h, fc1.bias)), factor)
 
 
@@ -144,8 +142,8 @@ def _by_one_kernel(
         *norms.parameter_gradients(grad_norm, norm_weight, norm_bias, needs_norm),
         grad_fc1[:, :-ONES].to(fc1_weight.dtype),
         grad_fc1[:, -1].to(fc1_bias.dtype) if needs_fc1_bias else None,
-        (grad_branch.T @ activated).to(fc2_weight.dtype),
-        _sum_of_rows(grad_branch, ctx.fc2_bias_dtype) if needs_fc2_bias else None,
+        weight_gradient(grad_branch, activated, fc2_weight.dtype),
+        bias_gradient(grad_branch, ctx.fc2_bias_dtype) if needs_fc2_bias else None,
     )
 
 
@@ -162,17 +160,15 @@ def _by_products(
     dh, grad_fc1_bias, activated = _bias_gelu_backward(
         grad_branch @ fc2, F.linear(normed, fc1), fc1_bias, needs_fc1_bias, needs_fc2
     )
-    grad_fc1 = _weight_gradient(dh, normed).to(fc1_weight.dtype) if needs_fc1 else None
-    grad_fc2 = _weight_gradient(grad_branch, activated).to(fc2_weight.dtype) if needs_fc2 else None
     grads_of_norm = norms.norm_backward(
         dh @ fc1, grad, x, norm_weight, norm_bias, ctx.eps, needs_norm
     )
     return (
         *grads_of_norm[:3],
-        grad_fc1,
+        weight_gradient(dh, normed, fc1_weight.dtype) if needs_fc1 else None,
         grad_fc1_bias,
-        grad_fc2,
-        _sum_of_rows(grad_branch, ctx.fc2_bias_dtype) if needs_fc2_bias else None,
+        weight_gradient(grad_branch, activated, fc2_weight.dtype) if needs_fc2 else None,
+        bias_gradient(grad_branch, ctx.fc2_bias_dtype) if needs_fc2_bias else None,
     )
 
 
@@ -208,16 +204,6 @@ def _bias_gelu_backward(
     )
     grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
     return dh, grad_bias, output if needs_output else None
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """That of a linear layer's weight, from the gradient of its output and its input."""
-    return grad.flatten(0, -2).T @ x.flatten(0, -2)
-
-
-def _sum_of_rows(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of a linear layer's bias, from that of its output."""
-    return grad.flatten(0, -2).sum(0, dtype=torch.float32).to(dtype)
 
 
 def _forward(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, factor, eps):

@@ -1,4 +1,4 @@
-"""A layer norm as operators, and the Functions that take its backward pass and a residual's as one.
+"""A layer norm as operators, and a Function that takes its backward pass and a residual's as one.
 
 In ``x + branch(norm(x))`` two gradients reach ``x``: through the norm, and around it. Autograd on
 its own writes the first and then adds the second. Here the norm gives ``x`` as well as
@@ -8,7 +8,6 @@ its own writes the first and then adds the second. Here the norm gives ``x`` as 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catkernels.ops.limits import DTYPES
@@ -62,28 +61,6 @@ def norm_residual(x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     return torch.ops.catkernels.norm_forward(*inputs), x
 
 
-def norm_linear_residual(
-    x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """``norm(x) weight^T + bias`` and ``x``, whose gradients come back in one pass.
-
-    Only ``x`` is kept for the backward pass, which computes the norm again as it goes through it.
-
-    Args:
-        x: (.., C), float32, float16 or bfloat16.
-        norm: over C, with weights.
-        weight, bias: of a linear layer from C to D, (D, C) and (D,), or no bias.
-
-    Returns:
-        (.., D) in the dtype that the linear layer computes with, and ``x`` itself.
-    """
-    parameters = (norm.weight, norm.bias, weight, bias)
-    if needs_grad(x, *parameters):
-        return _NormLinear.apply(x, *parameters, norm.eps, compute_dtype(x))
-    normed, x = norm_residual(x, norm)
-    return F.linear(normed, weight, bias), x
-
-
 class _Norm(torch.autograd.Function):
     """The forward operator and its input, differentiated by the backward operator."""
 
@@ -105,48 +82,6 @@ class _Norm(torch.autograd.Function):
             grad_normed, grad_x, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[1:3]
         )
         return dx, grad_weight, grad_bias, None, None
-
-
-class _NormLinear(torch.autograd.Function):
-    """The same with the linear layer behind the norm, whose output is all that is not kept."""
-
-    @staticmethod
-    def forward(x, norm_weight, norm_bias, weight, bias, eps, dtype):
-        normed = torch.ops.catkernels.norm_forward(x, norm_weight, norm_bias, eps, dtype)
-        weight, bias = cast(dtype, weight, bias)
-        return F.linear(normed, weight, bias), x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, bias, ctx.eps, ctx.dtype = inputs
-        # the parameters and no casts of them: what shards a model frees those and not these
-        ctx.save_for_backward(*tensors)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, grad_out, grad_x):
-        if grad_out is None:
-            return grad_x, *(None,) * 6
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
-        _, *needs_norm, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        dx, grad_norm_weight, grad_norm_bias, normed = norm_backward(
-            grad_out @ weight.to(ctx.dtype),
-            grad_x,
-            x,
-            norm_weight,
-            norm_bias,
-            ctx.eps,
-            needs_norm,
-            needs_normed=needs_weight,
-        )
-        grad_weight = grad_bias = None
-        rows = grad_out.flatten(0, -2)
-        if needs_weight:
-            grad_weight = (rows.T @ normed.flatten(0, -2)).to(weight.dtype)
-        if needs_bias:
-            grad_bias = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, None, None
 
 
 def norm_backward(
@@ -191,11 +126,6 @@ def parameter_gradients(
         gradients[0].to(weight.dtype) if needs_weight else None,
         gradients[1].to(bias.dtype) if needs_bias else None,
     )
-
-
-def cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in a dtype, those that are there."""
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
 def _forward(x, weight, bias, eps, dtype):

@@ -14,7 +14,6 @@ from catkernels.arguments import Backend
 from catkernels.block import CATBlock
 from catkernels.ops import cpsa, ipsa
 from catkernels.parts import AttentionParts, BlockParts
-from catkernels.serving import unserved_parts
 
 # Columns of a printed report.
 WIDTH = 100
@@ -35,7 +34,8 @@ class BlockReport:
         reason: why it is not the kernels, or why the block was left alone.
         difference: the largest relative difference from ours when both were compared, or None where
             they were not.
-        kernels: those of "attention", "MLP" and "norms" that kernels serve.
+        kernels: those of "attention", an IPSA block's "projections", "MLP" and "norms" that kernels
+            serve.
         others: why kernels serve some of these and not the others.
     """
 
@@ -157,10 +157,9 @@ def _serving_parts(
     channels = BlockParts.of(block).channels or len(weight)
     with torch.set_grad_enabled(trains):
         x = weight.new_empty((1, 1, channels)).requires_grad_(trains)
-        parts = (block.norm1, block.norm2, block.read_mlp(), block.drop_path)
-        unserved = unserved_parts(*parts, x, backend)
+        unserved = block.unsupported_parts(x, backend)
     kernels = ["attention"] if served_by == "triton" else []
-    kernels += [part for part in ("MLP", "norms") if not unserved[part]]
+    kernels += [part for part in ("projections", "MLP", "norms") if unserved.get(part) == []]
     others = [f"{part}: {'; '.join(why)}" for part, why in unserved.items() if why]
     return tuple(kernels), ". ".join(others) if kernels else ""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from catkernels.kernels.launch import (
+    AMPERE,
     BLACKWELL,
     CDNA,
     HOPPER,
@@ -16,6 +18,9 @@ from catkernels.kernels.launch import (
     dot_precision,
     next_power_of_2,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Arguments of the kernels that change from batch to batch and are not compiled for.
 COUNTS = ("num_rows", "rows_per_image")
@@ -129,40 +134,48 @@ def gelu_launch(problem: GeluProblem) -> GeluLaunch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MlpProblem(Problem):
-    """The MLP of a block, whose products are computed in ``dtype``."""
+class RowsProblem(Problem):
+    """Rows of a residual stream, held as pieces, beside products computed in ``dtype``."""
 
     num_rows: int
     rows_per_image: int
     channels: int
-    hidden: int
     stream: torch.dtype  # of the rows, which autocast leaves in float32
 
     @classmethod
-    def of(cls, x: Tensor, fc1_weight: Tensor) -> MlpProblem:
-        """The problem of rows (B, .., C) and a weight (D, C)."""
+    def of(cls, x: Tensor, weight: Tensor, **others: int) -> Self:
+        """The problem of rows (B, .., C), and of a weight in the products' dtype."""
         return cls(
-            dtype=fc1_weight.dtype,
+            dtype=weight.dtype,
             device=x.device,
-            precision=dot_precision(fc1_weight.dtype),
+            precision=dot_precision(weight.dtype),
             num_rows=x.shape[:-1].numel(),
             rows_per_image=x.shape[1:-1].numel(),
             channels=x.shape[-1],
-            hidden=fc1_weight.shape[0],
             stream=x.dtype,
+            **others,
         )
 
-    def arguments(self, eps: float) -> dict[str, int | float | str | bool]:
-        """The arguments by value and the constants that all kernels take."""
+    def constants(self) -> dict[str, int | str | bool]:
+        """What all kernels of such rows are compiled for."""
         return {
-            "num_rows": self.num_rows,
-            "rows_per_image": self.rows_per_image,
-            "eps": eps,
             "C": self.channels,
             "WIDE": 1 << self.channels.bit_length() - 1,
+            "PRECISION": self.precision,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpProblem(RowsProblem):
+    """The MLP of a block."""
+
+    hidden: int
+
+    def constants(self) -> dict[str, int | str | bool]:
+        return {
+            **super().constants(),
             "HIDDEN": self.hidden,
             "EXACT": self.dtype == torch.float32,
-            "PRECISION": self.precision,
         }
 
 
@@ -223,3 +236,48 @@ def mlp_backward_launch(problem: MlpProblem) -> MlpLaunch:
         return MlpLaunch(8, 3, rows=rows, units=64)
     # 4 warps would take 254 registers for 96 channels
     return MlpLaunch(8 if channels == 96 else 4, 3, rows=64, units=32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProblem(RowsProblem):
+    """A linear layer from or to a block's rows."""
+
+    features: int  # that it has on its other side
+
+    def constants(self) -> dict[str, int | str | bool]:
+        return {**super().constants(), "FEATURES": self.features}
+
+
+@dataclass(frozen=True)
+class LinearLaunch(Launch):
+    """How a linear layer's kernel is launched."""
+
+    rows: int  # of a tile
+    step: int  # features at once
+
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "STEP": self.step, **super().constants()}
+
+
+def norm_linear_launch(problem: LinearProblem) -> LinearLaunch:
+    """The launch of a norm and a linear layer."""
+    if problem.architecture == AMPERE and problem.channels == 192:
+        # 128 rows need 112 KiB, and by Triton 3.6 spill 8 bytes
+        return LinearLaunch(4, 3, rows=64, step=_step(problem))
+    return _linear_launch(problem)
+
+
+def linear_residual_launch(problem: LinearProblem) -> LinearLaunch:
+    """The launch of a linear layer and a residual."""
+    return _linear_launch(problem)
+
+
+def _linear_launch(problem: LinearProblem) -> LinearLaunch:
+    """128 rows: tiles of fewer ask more of the weight than the second-level cache gives."""
+    stages = 1 if problem.architecture == CDNA else 3
+    return LinearLaunch(8, stages, rows=128, step=_step(problem))
+
+
+def _step(problem: LinearProblem) -> int:
+    """Features at once: 64 where they divide, which are a line of the map in half precision."""
+    return 64 if problem.features % 64 == 0 else 32

@@ -198,7 +198,7 @@ def mlp_backward(
         activated, dh: written; (rows, D), GELU's output, and the gradient of its input.
     """
     with on_device(x.device):
-        problem = MlpProblem.of(x, fc1_weight)
+        problem = MlpProblem.of(x, fc1_weight, hidden=fc1_weight.shape[0])
         launch = launched_as(mlp_backward_launch, problem)
         tiles = triton.cdiv(problem.num_rows, launch.rows)
         partials = grad_norm.new_empty((tiles, *grad_norm.shape))
@@ -217,8 +217,11 @@ def mlp_backward(
             activated,
             dh,
             partials,
+            problem.num_rows,
+            problem.rows_per_image,
+            eps,
             ONES=normed.shape[-1] - problem.channels,
-            **problem.arguments(eps),
+            **problem.constants(),
             **launch.constants(),
         )
         torch.sum(partials, 0, out=grad_norm)

@@ -166,7 +166,7 @@ def mlp_forward(
         out: written; like x.
     """
     with on_device(x.device):
-        problem = MlpProblem.of(x, fc1_weight)
+        problem = MlpProblem.of(x, fc1_weight, hidden=fc1_weight.shape[0])
         launch = launched_as(mlp_forward_launch, problem)
         kernel, programs = mlp_forward_kernel, triton.cdiv(problem.num_rows, launch.rows)
         if launch.resident_programs:
@@ -181,6 +181,9 @@ def mlp_forward(
             fc2_bias,
             factor,
             out,
-            **problem.arguments(eps),
+            problem.num_rows,
+            problem.rows_per_image,
+            eps,
+            **problem.constants(),
             **launch.constants(),
         )
