@@ -35,6 +35,7 @@ from benchmarks.bench_ipsa import IPSA
 from benchmarks.candidates import Candidate
 from benchmarks.clock import DEVICE
 from catkernels import families, machine
+from catkernels.block_cases import MLPCase
 from catkernels.cases import CPSACase, IPSACase, cat_stages, random_grad
 from catkernels.commands import check
 from catkernels.commands.check import poisoned_results
@@ -52,6 +53,7 @@ DTYPE = getattr(torch, PRECISION)
 TRIAL_REPEATED = (
     IPSACase("tiny", 1, 7, 9, num_heads=1, head_dim=16),
     CPSACase("tiny", 1, 7, 14, 4),
+    MLPCase("tiny", 1, 3, 7, 32),
 )
 
 
@@ -71,11 +73,10 @@ def steps(target: object, trial: bool) -> Iterator[Step]:
     """Everything behind the self-check, what matters most first."""
     yield Step("ceilings", measure_ceilings)
     for case in TRIAL_REPEATED if trial else prebuild.REPEATED:
-        kind = "ipsa" if isinstance(case, IPSACase) else "cpsa"
         for dtype in (torch.float32,) if trial else (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             run = functools.partial(repeat, case, dtype, 2 if trial else LAUNCHES, target)
-            yield Step(f"bits {kind}, {case}, {name}", run)
+            yield Step(f"bits {prebuild.kind(case)}, {case}, {name}", run)
     yield from _attention_steps(target, trial, compiled=False)
     yield from _model_steps(trial)
     yield from _block_steps(trial)

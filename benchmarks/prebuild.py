@@ -24,8 +24,9 @@ import torch
 
 from benchmarks.candidates import Candidate, candidates, compile_candidate, looked_up
 from catkernels import families
+from catkernels.block_cases import MLPCase, ProjectionCase
 from catkernels.cases import CPSACase, IPSACase, cat_stages
-from catkernels.families import Task
+from catkernels.families import Case, Task
 from catkernels.pool import num_cores, run_apart
 
 # Images of a compiled call: those of a large batch take the same kernels.
@@ -53,6 +54,10 @@ REPEATED = (
     CPSACase("stage 3", 32, 14, 14, 384),
     CPSACase("stage 4", 32, 7, 7, 768),
     CPSACase("stage 1 of 512 x 512", 2, 128, 128, 96),
+    MLPCase("stage 1", 32, 56, 56, 96),
+    MLPCase("stage 2", 32, 28, 28, 192),
+    ProjectionCase("stage 1", 32, 56, 56, 96),
+    ProjectionCase("stage 2", 32, 28, 28, 192),
 )
 
 
@@ -67,6 +72,11 @@ def fits(folder: Path) -> bool:
     """Whether a prebuilt cache is one of the Triton that is installed here."""
     stored = folder / "KEY"
     return stored.exists() and stored.read_text().strip() == triton_key()
+
+
+def kind(case: Case) -> str:
+    """ "ipsa", "cpsa", "mlp" or "projection"."""
+    return type(case).__name__.removesuffix("Case").lower()
 
 
 def stage_case(attention: str, stage: int, *, model: str = "small", batch: int = IMAGES):
@@ -102,10 +112,13 @@ def _is_open(values: dict[str, tuple], shipped: object, launch: object) -> bool:
 
 
 def other_stages(case, dtype: torch.dtype, target: object) -> list[Candidate]:
-    """Launches that differ from what ships in the number of stages alone, and so in no sum."""
+    """Launches that differ from what ships in the number of stages alone, and so in no sum.
+
+    Where one stage ships nothing is fetched ahead, and so nothing read too early.
+    """
     found = []
     for table, shipped in looked_up(Task("", (case,), dtype, False, "cuda", target)).items():
-        if not hasattr(shipped, "num_stages"):
+        if getattr(shipped, "num_stages", 1) == 1:
             continue
         _, *others = candidates(table, shipped)
         for candidate in others:
@@ -129,8 +142,7 @@ def compilations(target: object) -> Iterator[tuple[Task, Candidate]]:
             for half in (torch.bfloat16, torch.float16):
                 yield replace(task, dtype=half), Candidate("")
     for case in REPEATED:
-        kind = "ipsa" if isinstance(case, IPSACase) else "cpsa"
-        task = Task(kind, (replace(case, batch=2),), torch.bfloat16, False, "cuda", target)
+        task = Task(kind(case), (replace(case, batch=2),), torch.bfloat16, False, "cuda", target)
         for candidate in other_stages(*task.cases, torch.bfloat16, target):
             yield task, candidate
     tasks = families.tasks("cuda", target, (*families.PRECISIONS, "tf32"))

@@ -21,6 +21,7 @@ class _RowsCase:
 
     Attributes:
         mixed: as under autocast, the map, the norm and the biases in float32.
+        drop_path: the probability of DropPath, which drops the first image's branch.
     """
 
     name: str
@@ -29,6 +30,7 @@ class _RowsCase:
     width: int
     channels: int
     mixed: bool = False
+    drop_path: float = 0.0
     dropout_p: float = 0.0
 
     def __str__(self) -> str:
@@ -36,8 +38,23 @@ class _RowsCase:
 
     @property
     def layers(self) -> nn.Module:
-        """The norm and the linear layers, without values; called with a map, by the kernels."""
+        """The norm and the linear layers, without values.
+
+        Called with a map and what each image's branch is multiplied with, they run the kernels.
+        """
         raise NotImplementedError
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """What each image's branch is multiplied with, (B,)."""
+        if not self.drop_path:
+            return None
+        image = torch.arange(self.batch, device=x.device)
+        return (image > 0).to(compute_dtype(x)) / (1 - self.drop_path)
+
+    def dropped(self, branch: Tensor) -> Tensor:
+        """What DropPath makes of a branch."""
+        factor = self.factor(branch)
+        return branch if factor is None else branch * linear.per_image(factor, branch)
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
         normal = normal_numbers(device, seed)
@@ -61,7 +78,7 @@ class _RowsCase:
         names = (name for name, _ in layers.named_parameters())
         parameters = dict(zip(names, weights, strict=True))
         with _autocast(x, weights):
-            return functional_call(layers, parameters, (x,))
+            return functional_call(layers, parameters, (x, self.factor(x)))
 
     def kept(self, seed: int) -> Tensor:
         """No attention weights, of which all are kept."""
@@ -99,7 +116,7 @@ class MLPCase(_RowsCase):
         with _autocast(x, weights):
             normed = F.layer_norm(x, (self.channels,), norm_weight, norm_bias)
             hidden = F.gelu(F.linear(normed, fc1_weight, fc1_bias))
-            return x + F.linear(hidden, fc2_weight, fc2_bias)
+            return x + self.dropped(F.linear(hidden, fc2_weight, fc2_bias))
 
 
 class ProjectionCase(_RowsCase):
@@ -115,7 +132,7 @@ class ProjectionCase(_RowsCase):
         with _autocast(x, weights):
             normed = F.layer_norm(x, (self.channels,), norm_weight, norm_bias)
             attended = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, -1)).sum(-2)
-            return x + F.linear(attended, proj_weight, proj_bias)
+            return x + self.dropped(F.linear(attended, proj_weight, proj_bias))
 
     def unsupported_reasons(
         self, device: torch.device, dtype: torch.dtype, needs_grad: bool
@@ -136,7 +153,8 @@ class NormCase(_RowsCase):
         """By PyTorch."""
         norm_weight, norm_bias, weight = weights
         with _autocast(x, weights):
-            return x + F.linear(F.layer_norm(x, (self.channels,), norm_weight, norm_bias), weight)
+            normed = F.layer_norm(x, (self.channels,), norm_weight, norm_bias)
+            return x + self.dropped(F.linear(normed, weight))
 
 
 class _MLPLayers(nn.Module):
@@ -148,11 +166,11 @@ class _MLPLayers(nn.Module):
         self.fc1 = nn.Linear(channels, 4 * channels, device="meta")
         self.fc2 = nn.Linear(4 * channels, channels, device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
         together = mlp.fused_mlp
         if mlp.fused_reasons(products=compute_dtype(x), shape=self.fc1.weight.shape):
             together = mlp.split_mlp
-        return together(x, self.norm, self.fc1, self.fc2, None)
+        return together(x, self.norm, self.fc1, self.fc2, factor)
 
 
 class _ProjectionLayers(nn.Module):
@@ -164,10 +182,10 @@ class _ProjectionLayers(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, device="meta")
         self.proj = nn.Linear(channels, channels, device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
         qkv, x = linear.norm_linear_residual(x, self.norm, self.qkv.weight, self.qkv.bias)
         attended = qkv.unflatten(-1, (3, -1)).sum(-2)
-        return linear.linear_residual(x, attended, self.proj.weight, self.proj.bias, None)
+        return linear.linear_residual(x, attended, self.proj.weight, self.proj.bias, factor)
 
 
 class _NormLayers(nn.Module):
@@ -178,6 +196,6 @@ class _NormLayers(nn.Module):
         self.norm = nn.LayerNorm(channels, device="meta")
         self.linear = nn.Linear(channels, channels, bias=False, device="meta")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
         normed, x = norm.norm_residual(x, self.norm)
-        return x + self.linear(normed)
+        return linear.add_branch(x, self.linear(normed), factor)
