@@ -197,6 +197,24 @@ def test_a_row_that_is_not_finite_spoils_no_other(call, device):
     assert spoilt["output 0"][0, 17].isnan().any()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.full
+@torch.no_grad()
+def test_more_elements_than_32_bits_count(device):
+    """The last rows of more than 2**31 values are the same alone; takes 9 GB."""
+    modules = half_block(96, hidden=288).to(device, torch.bfloat16)
+    x = torch.randn(1, 2**31 // 288 + 100, 96, device=device, dtype=torch.bfloat16)
+    qkv, _ = norm_linear_residual(x, modules["norm"], *weights(modules["fc1"]))
+    alone, _ = norm_linear_residual(x[:, -70:], modules["norm"], *weights(modules["fc1"]))
+    assert qkv.numel() > 2**31
+    assert torch.equal(qkv[:, -50:], alone[:, -50:])
+    whole, alone = (
+        linear_residual(x[:, part], qkv[:, part], *weights(modules["fc2"]), None)[:, -50:]
+        for part in (slice(None), slice(-70, None))
+    )
+    assert torch.equal(whole, alone)
+
+
 def test_any_strides(device):
     """Of the map, of what a layer takes, and of a gradient that is expanded."""
     modules = half_block(32, hidden=32).to(device)
