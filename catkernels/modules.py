@@ -7,6 +7,7 @@ official code's, so that an adopted block and a block of our own share one path.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -264,7 +265,9 @@ def projects_for_kernels(
     """
     if not (attn.qkv_is_plain and attn.proj_is_plain):
         return False
-    one_dtype = all(p.dtype == x.dtype for p in attn.qkv.parameters()) or autocast_is_on(x.device)
+    qkv: Any = attn.qkv
+    weights = (qkv.weight, qkv.bias)
+    one_dtype = all(w is None or w.dtype == x.dtype for w in weights) or autocast_is_on(x.device)
     return one_dtype and ipsa_runs_kernels(
         x, head_dim=attn.head_dim, patch_size=patch_size, backend=backend
     )

@@ -52,10 +52,15 @@ def call_reasons(x: Tensor, backend: Backend) -> list[str]:
 
 def norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
     """Why no kernel serves a norm of ``x`` and the residual around it."""
-    reasons = _plain_norm_reasons(norm, x)
+    return _plain_norm_reasons(norm, x) or _moment_reasons(norm, x)
+
+
+def _moment_reasons(norm: nn.Module, x: Tensor) -> list[str]:
+    """Why no kernel serves even a plain norm in such a call."""
+    reasons = []
     if torch.compiler.is_compiling():
         reasons.append("compiled: a compiler joins a norm with what stands beside it by itself")
-    if not (reasons or _trains(norm, x) or autocast_is_on(x.device)):
+    elif not (_trains(norm, x) or autocast_is_on(x.device)):
         reasons.append("in inference PyTorch's norm takes one pass as well")
     return reasons
 
@@ -64,27 +69,31 @@ def mlp_together(
     norm: nn.Module, mlp: MlpParts, drop_path: nn.Module, x: Tensor
 ) -> Callable[..., Tensor] | None:
     """What computes ``x + drop_path(mlp(norm(x)))`` by kernels, or None."""
-    if not fused_mlp_reasons(norm, mlp, drop_path, x):
+    # nothing is asked twice: this is a part of every call
+    if _joined_mlp_reasons(norm, mlp, drop_path, x):
+        return None
+    if not _fused_mlp_reasons(mlp, x):
         return mlps.fused_mlp
-    return None if split_mlp_reasons(norm, mlp, drop_path, x) else mlps.split_mlp
+    return None if _split_mlp_reasons(norm, x) else mlps.split_mlp
 
 
-def fused_mlp_reasons(
+def _joined_mlp_reasons(
     norm: nn.Module, mlp: MlpParts | None, drop_path: nn.Module, x: Tensor
 ) -> list[str]:
-    """Why not all of ``x + drop_path(mlp(norm(x)))`` is one kernel."""
-    reasons = _plain_norm_reasons(norm, x) + _plain_mlp_reasons(mlp, x)
-    reasons += drop_path_reasons(drop_path)
-    if reasons or mlp is None:
-        return reasons
+    """Why ``x + drop_path(mlp(norm(x)))`` is not just what kernels compute."""
+    return _plain_norm_reasons(norm, x) + _plain_mlp_reasons(mlp, x) + drop_path_reasons(drop_path)
+
+
+def _fused_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
+    """Why not all of it is one kernel."""
+    if mlp is None:
+        return []
     return mlps.fused_reasons(products=compute_dtype(x), shape=mlp.fc1.weight.shape)
 
 
-def split_mlp_reasons(
-    norm: nn.Module, mlp: MlpParts | None, drop_path: nn.Module, x: Tensor
-) -> list[str]:
+def _split_mlp_reasons(norm: nn.Module, x: Tensor) -> list[str]:
     """Why no kernels join what stands between the MLP's products."""
-    reasons = norm_reasons(norm, x) + _plain_mlp_reasons(mlp, x) + drop_path_reasons(drop_path)
+    reasons = _moment_reasons(norm, x)
     if not (reasons or _trains(norm, x)):
         reasons.append("in inference PyTorch's operations take no more passes")
     return reasons
@@ -110,12 +119,13 @@ def unserved_parts(
     whole = call_reasons(x, backend)
     if whole:
         return {"norms": whole, "MLP": whole}
-    fused = fused_mlp_reasons(norm2, mlp, drop_path, x)
-    split = split_mlp_reasons(norm2, mlp, drop_path, x)
+    of_mlp = _joined_mlp_reasons(norm2, mlp, drop_path, x)
+    if not of_mlp:
+        fused, split = _fused_mlp_reasons(mlp, x), _split_mlp_reasons(norm2, x)
+        of_mlp = [*fused, *split] if fused and split else []
     # the second norm is a part of an MLP that is served
-    norms_apart = [norm1] if not (fused and split) else [norm1, norm2]
+    norms_apart = [norm1, norm2] if of_mlp else [norm1]
     of_norms = [reason for norm in norms_apart for reason in norm_reasons(norm, x)]
-    of_mlp = [*fused, *split] if fused and split else []
     return {"norms": list(dict.fromkeys(of_norms)), "MLP": list(dict.fromkeys(of_mlp))}
 
 
@@ -146,8 +156,9 @@ def _plain_norm_reasons(norm: nn.Module, x: Tensor) -> list[str]:
         reasons.append(f"the norm is over {norm.normalized_shape}, not over the channels")
     if norm.weight is None:
         reasons.append("the norm has no weights")
-    reasons += _parameter_reasons(norm.parameters(), x)
-    dtypes = {x.dtype, compute_dtype(x), *(p.dtype for p in norm.parameters())}
+    weights = _weights(norm)
+    reasons += _parameter_reasons(weights, x)
+    dtypes = {x.dtype, compute_dtype(x), *[weight.dtype for weight in weights]}
     return reasons + norms.unsupported_reasons(device=x.device, dtypes=dtypes, channels=x.shape[-1])
 
 
@@ -166,8 +177,7 @@ def _plain_mlp_reasons(mlp: MlpParts | None, x: Tensor) -> list[str]:
         reasons.append("the MLP drops values in training")
     first, second = mlp.drops
     reasons += _interception_reasons({"act": mlp.act, "drop": first, "the last drop": second})
-    layers = (*mlp.fc1.parameters(), *mlp.fc2.parameters())
-    return reasons + _parameter_reasons(layers, x)
+    return reasons + _parameter_reasons(_weights(mlp.fc1) + _weights(mlp.fc2), x)
 
 
 def _trains(norm: nn.Module, x: Tensor) -> bool:
@@ -175,7 +185,7 @@ def _trains(norm: nn.Module, x: Tensor) -> bool:
 
     What is checkpointed is computed without gradients first, and then with them, to the same bits.
     """
-    return norm.training or needs_grad(x, *norm.parameters())
+    return norm.training or needs_grad(x, *_weights(norm))
 
 
 def _interception_reasons(modules: dict[str, nn.Module]) -> list[str]:
@@ -186,8 +196,13 @@ def _interception_reasons(modules: dict[str, nn.Module]) -> list[str]:
     ]
 
 
+def _weights(layer: nn.Module) -> list[Tensor]:
+    """The weight and bias of a norm or linear layer, those that it has."""
+    # by name: PyTorch takes 10 us to list a module's parameters
+    return [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
+
+
 def _parameter_reasons(parameters: Iterable[Tensor], x: Tensor) -> list[str]:
-    parameters = list(parameters)
     if any(is_wrapper(parameter) for parameter in parameters):
         return ["parameters are wrappers around other tensors"]
     if any(p.dtype != x.dtype for p in parameters) and not autocast_is_on(x.device):
