@@ -128,7 +128,13 @@ class StandIn(nn.Module):
     @property
     def backend(self) -> Backend:
         """What the attention asks for. An `IPSA` or `CPSA` has one of its own, wrapped or not."""
-        return next((attn.backend for attn in ours_within(self.attn)), self._backend)
+        attn, trust = self.attn, self._attn_trust
+        if isinstance(attn, IPSA | CPSA):
+            return attn.backend
+        if trust is not None and type(attn) is trust.kind:
+            # there is none of ours within, and to look for it would take as long as a launch
+            return self._backend
+        return next((ours.backend for ours in ours_within(attn)), self._backend)
 
     @backend.setter
     def backend(self, backend: Backend) -> None:
@@ -176,8 +182,10 @@ class StandIn(nn.Module):
         known, known_version, is_ours = self._index
         if torch.compiler.is_compiling():
             return is_ours
-        index = getattr(attn, "relative_position_index", None)
-        if index is None or (index is known and version(index) == known_version):
+        index: Tensor | None = getattr(attn, "relative_position_index", None)
+        if index is None:
+            return is_ours
+        if index is known and version(index) == known_version:
             return is_ours
         if values_can_be_read(index):
             is_ours = is_our_index(index, self.patch_size)

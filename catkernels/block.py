@@ -126,8 +126,9 @@ class CATBlock(StandIn):
 
     def _tell_original(self) -> None:
         super()._tell_original()
-        if check_patch_size(self.original.patch_size) != self.patch_size:
-            self.original.patch_size = self.patch_size
+        original: Any = self.original
+        if check_patch_size(original.patch_size) != self.patch_size:
+            original.patch_size = self.patch_size
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, H, W, C), or tokens (B, H*W, C) where H and W are set, to the same shape.

@@ -271,7 +271,8 @@ def projects_for_kernels(
     Raises:
         ValueError: ``backend="triton"`` cannot serve the call.
     """
-    one_dtype = all(p.dtype == x.dtype for p in attn.qkv.parameters()) or autocast_is_on(x.device)
+    weights = (attn.qkv.weight, attn.qkv.bias)
+    one_dtype = all(w is None or w.dtype == x.dtype for w in weights) or autocast_is_on(x.device)
     return one_dtype and ipsa_runs_kernels(
         x, head_dim=attn.head_dim, patch_size=patch_size, backend=backend
     )

@@ -48,17 +48,15 @@ class Trust:
         """Whether ``module`` is of that class, and nothing of it or of the class was replaced."""
         if type(module) is not self.kind or not _is_as_it_was(self.kind):
             return False
-        own = vars(module)
-        return self.attributes is None or (
-            self.attributes.keys() <= own.keys() and self.allows(own)
-        )
+        own, had = vars(module), self.attributes
+        return had is None or (all(name in own for name in had) and self.allows(own))
 
     def allows(self, own: Mapping[str, object]) -> bool:
         """Whether the attributes ``own`` replace neither a method nor an attribute it had."""
-        known = self.attributes or {}
-        of_class = _namespaces[self.kind].keys()
-        return (of_class.isdisjoint(own) or of_class & own.keys() <= known.keys()) and all(
-            _is_same(own[name], value) for name, value in known.items() if name in own
+        had = self.attributes or {}
+        # older compilers of graphs know of a module's attributes only whether one is there
+        return not any(name in own and name not in had for name in _namespaces[self.kind]) and all(
+            _is_same(own[name], value) for name, value in had.items() if name in own
         )
 
 

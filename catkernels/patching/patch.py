@@ -65,8 +65,8 @@ def patch(model: nn.Module, *, backend: Backend = "auto", compare: bool = True) 
             reasons[block] = [comparison.reason]
     swaps = {block: CATBlock.adopt(block) for block, why in reasons.items() if not why}
     _trust_mlps(swaps.values(), compare)
-    for ours in swaps.values():
-        ours.trust_original()
+    for adopted in swaps.values():
+        adopted.trust_original()
     rows = []
     for name, block, _ in found:
         ours = block if isinstance(block, CATBlock) else swaps.get(block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,11 @@ def autocast_is_on(device: torch.device) -> bool:
 @constant_in_graphs  # which cannot ask
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a type of device; where there is none, asking for it raises."""
+    return _looked_up_autocast(device_type)
+
+
+@functools.cache  # asked several times in every call
+def _looked_up_autocast(device_type: str) -> bool:
     return torch.amp.autocast_mode.is_autocast_available(device_type)
 
 
