@@ -75,7 +75,8 @@ def test_a_patched_model_learns_the_same_in_half_precision(launches):
     actual = learn(model, 30, precision="bf16", **rate)
     for name, exact in truth.items():
         assert_within_error_budget(actual[name], same_dtype[name], exact, name)
-    assert launches["mlp_forward_kernel"] == launches["mlp_backward_kernel"] == 30 * 6
+    # of each of the six blocks
+    assert launches["mlp_backward_kernel"] == launches["norm_backward_kernel"] == 30 * 6
 
 
 @pytest.mark.full
