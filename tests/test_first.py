@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import first, operation, prebuild, predictions, report
+from benchmarks import figures, first, operation, prebuild, predictions, report
 from catkernels.pool import Outcome
 
 pytest.importorskip("triton")
@@ -127,6 +127,9 @@ def test_the_file_alone_becomes_tables_with_predictions_beside_them(tmp_path):
     record.add("b", [timed("cpsa", "forward", 1, "catkernels", 0.2)], None, 1.0)
     faster = timed("cpsa", "forward", 1, "candidate", 0.1, launch="4 channels")
     record.add("c", [faster], None, 1.0)
+    record.add("d", [timed("cpsa block", "forward", 1, "catkernels", 0.4)], None, 1.0)
+    autocast = timed("cpsa block", "forward", 1, "catkernels", 0.5, dtype="autocast")
+    record.add("e", [autocast], None, 1.0)
     report.file([record.path], tmp_path / "results")
     device = report.load(tmp_path / "results" / "a-device")
     rendered = report.render([device])
@@ -138,6 +141,14 @@ def test_the_file_alone_becomes_tables_with_predictions_beside_them(tmp_path):
     ) in rendered
     expected = predictions.predictions()["IPSA", "forward", 4]
     assert f"| IPSA forward | 4 | {expected.us} | not yet" in rendered
+    for dtype, cell in (("bfloat16", "0.4 ms, 2.50x, 50 %"), ("autocast", "0.5 ms, 2.00x, 50 %")):
+        assert f"| CPSA block | CAT-S, CAT-B | 256 | {dtype} | forward | {cell} |" in rendered
+    # predicted was bfloat16
+    assert "| 400 |" in next(row for row in rendered.splitlines() if "CPSA block forward" in row)
+    figures.draw(device.rows, tmp_path, "a device")
+    for prefix, title in (("", "CPSA"), ("block_", "CPSA block")):
+        drawn = (tmp_path / f"{prefix}speedup.svg").read_text()
+        assert f"{title} forward, CAT-S, batch 256, bfloat16" in drawn
 
 
 def test_there_is_a_prediction_for_each_attention_pass_and_stage():
