@@ -74,5 +74,5 @@ def test_random_blocks(kind: str, mode: Mode, device, launches, full):
         return {name: found for name, *found in named}
 
     for _ in range(5 if full else 1):
-        draws = (results() for _ in range(5 if full else 3))
+        draws = (results() for _ in range(5 if full else 2))
         assert_draws_within_error_budget(draws, f"{kind}, {mode}")
