@@ -17,6 +17,9 @@ from catkernels.reference import ceil_div, num_patches
 
 Inputs = dict[str, Tensor | None]
 
+# The two streams of numbers that each seed has.
+_INPUTS, _GRADIENTS = 0, 1
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -277,14 +280,19 @@ def results(
 
 
 def random_grad(shape: Shape, like: Tensor, seed: int = 0) -> Tensor:
-    """A gradient of a call's output, in the dtype and on the device of ``like``."""
-    return normal_numbers(like.device, seed)(shape.size).to(like)
+    """A gradient of a call's output, in the dtype and on the device of ``like``.
+
+    Whatever the seeds, it shares no numbers with the inputs.
+    """
+    return normal_numbers(like.device, seed, _GRADIENTS)(shape.size).to(like)
 
 
-def normal_numbers(device: torch.device | str, seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+def normal_numbers(
+    device: torch.device | str, seed: int, stream: int = _INPUTS
+) -> Callable[[tuple[int, ...]], Tensor]:
     """Of a size, normal numbers in float32, drawn on the device itself where it can draw any."""
     place = "cpu" if torch.device(device).type == "meta" else device
-    generator = torch.Generator(place).manual_seed(seed)
+    generator = torch.Generator(place).manual_seed(2 * seed + stream)
     return functools.partial(torch.randn, generator=generator, device=place)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -59,22 +60,32 @@ def tf32_on_gpus() -> Iterator[None]:
 
 
 @pytest.fixture
-def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Spare the interpreter what it does in vain, which is half of its time."""
-    tl = pytest.importorskip("triton.language")
+def quick_interpreter() -> Iterator[None]:
+    """Spare Triton's interpreter what it does in vain."""
+    pytest.importorskip("triton")
+    with quickly_interpreted():
+        yield
+
+
+@contextmanager
+def quickly_interpreted() -> Iterator[None]:
+    """Spare Triton's interpreter what it does in vain: most of its time."""
+    import triton.language as tl
     from triton.runtime import interpreter
 
     # whether integers overflow is worked out, and asserted only in a mode for debugging
     options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
     # the language is replaced anew for every function that a kernel calls: once is enough
-    languages = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
-    replaced = interpreter._patch_lang(languages)
-    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
-    # 262 programs that each sum a few numbers; in blocks of any size the sums are the same
-    monkeypatch.setattr("catkernels.kernels.cpsa.weights.SUM_BLOCK", 1024)
-    yield
-    replaced.restore()
+    replaced = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(interpreter.interpreter_builder, "options", options)
+            patch.setattr(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
+            # 262 programs that each sum a few numbers; in blocks of any size they give the same
+            patch.setattr("catkernels.kernels.cpsa.weights.SUM_BLOCK", 1024)
+            yield
+    finally:
+        replaced.restore()
 
 
 @pytest.fixture

@@ -31,3 +31,12 @@ def test_patches_reach_beyond_the_map():
 def test_no_two_cases_share_a_name():
     names = [case.name for case in cases.IPSA_CASES]
     assert len(set(names)) == len(names)
+
+
+def test_a_gradient_shares_no_numbers_with_the_inputs():
+    """Whatever the seeds: a map that is its own gradient hides one in the place of the other."""
+    case = cases.cpsa_case(7, 14, 3)
+    maps = [case.inputs(torch.float32, torch.device("cpu"), seed)["x"] for seed in range(4)]
+    for seed in range(4):
+        gradient = cases.random_grad(case.shape, maps[0], seed)
+        assert not torch.isin(gradient, torch.stack(maps)).any()

@@ -79,7 +79,9 @@ def test_large_numbers_of_patches(case, dtype, device):
 
 @pytest.mark.parametrize("case", CPSA_ODD_SHAPES, ids=str)
 def test_odd_shapes(case, device):
-    check((case, case.inputs(FP16, device)))
+    # of N = 1 there are 4 weights: in one draw plain PyTorch's gradients may be near exact by luck
+    number = 8 if case.patch_size == 1 else 1
+    check(*((case, case.inputs(FP16, device, seed)) for seed in range(number)))
 
 
 @pytest.mark.parametrize(

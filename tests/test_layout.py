@@ -11,12 +11,13 @@ import catkernels
 PACKAGE = Path(catkernels.__file__).parent
 
 
-def tree() -> list[set[str]]:
-    """The rooms of each line of README's tree, from top to bottom."""
+def tree() -> list[str]:
+    """The rooms of README's tree, in the order of reading."""
     readme = (PACKAGE.parent / "README.md").read_text()
     lines = readme.partition("\ncatkernels/\n")[2].partition("\nbenchmarks/")[0].splitlines()
-    # the names end where the column of explanations begins
-    return [{name.removesuffix("/") for name in line[:26].split()} for line in lines]
+    # two spaces at least stand between a line's names and what is said of them
+    names = " ".join(line.strip().partition("  ")[0] for line in lines)
+    return [name.removesuffix("/") for name in names.split()]
 
 
 def imported(file: Path) -> Iterator[str]:
@@ -38,13 +39,13 @@ def room(name: str) -> str | None:
 
 
 def test_every_room_is_in_it_once():
-    named = sorted(name for line in tree() for name in line)
+    named = sorted(tree())
     rooms = (path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py"))
     assert named == sorted(name for name in rooms if name != "__pycache__")
 
 
 def test_no_import_runs_back_up():
-    place = {name: index for index, line in enumerate(tree()) for name in line}
+    place = {name: index for index, name in enumerate(tree())}
     for file in PACKAGE.rglob("*.py"):
         own = place[file.relative_to(PACKAGE).parts[0]]
         up = [name for name in imported(file) if place.get(room(name), own) < own]

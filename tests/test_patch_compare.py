@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from patch_cases import build, run
-from patch_forks import (
+from right_forks import RIGHT, Remembers
+from tiny_models import TINY
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from wrong_forks import (
     DROPS,
     ONLY_IPSA,
-    RIGHT,
     WRONG,
     HalfBranches,
     InTraining,
@@ -19,12 +22,8 @@ from patch_forks import (
     OnANestedAttribute,
     OneDropPath,
     Pair,
-    Remembers,
     StopsTheGradient,
 )
-from tiny_models import TINY
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from catkernels import official
 from catkernels.patching.patch import patch, unpatch

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_fixtures import quickly_interpreted
 from tiny_models import SERVED
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -183,7 +184,7 @@ def second_step(case: Case, start: dict, processes: Processes) -> dict:
 
 
 def main(folder: Path) -> None:
-    with joined_processes() as processes:
+    with quickly_interpreted(), joined_processes() as processes:
         for name, case in CASES.items():
             start = torch.load(folder / f"{case.kind}.pt")
             result = second_step(case, start, processes)
