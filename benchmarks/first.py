@@ -214,9 +214,7 @@ class Record:
         if not self.lines:
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
             self.lines = [{"machine_info": about, "datetime": now}]
-        identity = about.keys() - {"device_state"}
-        stored = self.lines[0].get("machine_info", {})
-        if any(stored.get(name) != about[name] for name in identity):
+        if not machine.is_same(self.lines[0].get("machine_info", {}), about):
             raise ValueError(f"{path} is of another device or other versions: name another file")
         path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 

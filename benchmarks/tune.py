@@ -196,7 +196,7 @@ def _computing_in(problem: Problem) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Record:
+class Launches:
     """What a run has found, in a file: ``launches``, each with the ``problem`` it is of."""
 
     path: Path
@@ -204,7 +204,7 @@ class Record:
     rows: list[dict]
 
     @classmethod
-    def of(cls, path: Path, about: dict) -> Record:
+    def of(cls, path: Path, about: dict) -> Launches:
         """With the rows that the file has already, where they are of the same device and versions.
 
         Raises:
@@ -215,9 +215,7 @@ class Record:
             stored = json.loads(path.read_text())
             if not isinstance(stored, dict) or not {"machine_info", "launches"} <= stored.keys():
                 raise ValueError(f"{path} is no file of this program: name another")
-            # the state has the clocks, which are never the same
-            identity = about.keys() - {"device_state"}
-            if all(stored["machine_info"].get(name) == about[name] for name in identity):
+            if machine.is_same(stored["machine_info"], about):
                 rows = stored["launches"]
         return cls(path, about, rows)
 
@@ -250,7 +248,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     end = time.monotonic() + arguments.time_limit
-    record = Record.of(arguments.output, machine.describe() | {"trial": arguments.trial})
+    record = Launches.of(arguments.output, machine.describe() | {"trial": arguments.trial})
     target = None
     if not interpreting():
         from catkernels.kernels.compile_ahead import current_target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 
 import torch
 
@@ -34,6 +35,14 @@ def describe(cpu_name: str | None = None) -> dict[str, str | None]:
 
         about |= {"driver": _nvidia_smi("driver_version"), "ptxas": ptxas_version()}
     return about
+
+
+def is_same(stored: Mapping[str, object], about: Mapping[str, object]) -> bool:
+    """Whether what a file says it was computed on is the device and versions of ``about``.
+
+    The state is left out: it has the clocks, which are never the same.
+    """
+    return all(stored.get(name) == about[name] for name in about if name != "device_state")
 
 
 def triton_version() -> str | None:

@@ -35,6 +35,8 @@ TARGETS = {
     "sm_120": ("cuda", 120, 32, 99 * 1024),
     "gfx90a": ("hip", "gfx90a", 64, 64 * 1024),
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+    # RDNA takes Ampere's launches, but has no more shared memory than CDNA
+    "gfx1100": ("hip", "gfx1100", 32, 64 * 1024),
 }
 
 # The dtype of a launch, and torch's setting for products of float32.

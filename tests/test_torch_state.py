@@ -193,10 +193,13 @@ def test_a_module_with_a_hook_is_intercepted(registration):
 
 def test_hooks_of_all_modules_are_seen():
     assert not hooks.has_global_hooks()
+    module = nn.Linear(1, 1)
     handle = nn.modules.module.register_module_forward_hook(lambda *arguments: None)
     assert hooks.has_global_hooks()
+    assert hooks.is_intercepted(module)
     handle.remove()
     assert not hooks.has_global_hooks()
+    assert not hooks.is_intercepted(module)
 
 
 def test_a_module_compiled_by_itself_is_intercepted():

@@ -118,6 +118,23 @@ def test_what_is_changed_of_a_class_after_patching_is_honoured(name, monkeypatch
     torch.testing.assert_close(patched(images), expected)
 
 
+@pytest.mark.parametrize("kind", [official.Attention, nn.Softmax, nn.Linear, nn.Dropout])
+def test_a_hook_of_all_modules_sees_those_of_the_official_model(kind):
+    model, images = in_double()
+    patched = deepcopy(model)
+    patch(patched, compare=False)
+    unheard = model(images)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, arguments, output: 1.5 * output if isinstance(module, kind) else None
+    )
+    try:
+        expected, actual = model(images), patched(images)
+    finally:
+        handle.remove()
+    assert not torch.allclose(expected, unheard)
+    torch.testing.assert_close(actual, expected)
+
+
 def test_parts_that_changed_are_reported():
     model, _ = in_double()
     patch(model, compare=False)

@@ -29,8 +29,8 @@ OWN_CALL = frozenset({"forward", "_compiled_call_impl"})
 def is_intercepted(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says, or than PyTorch's class says.
 
-    That may be hooks, a forward of its own or one that was put in the place of a whole class's, or
-    having been compiled by itself.
+    That may be hooks, its own or those of all modules, a forward of its own or one that was put in
+    the place of a whole class's, or having been compiled by itself.
     """
     own, kind = vars(module), type(module)
     # without a loop: this is asked of every part of a block in every call
@@ -42,6 +42,7 @@ def is_intercepted(module: nn.Module) -> bool:
         or "forward" in own
         or own.get("_compiled_call_impl") is not None
         or (kind in _FORWARDS and kind.forward is not _FORWARDS[kind])
+        or has_global_hooks()
     )
 
 
