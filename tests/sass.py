@@ -79,10 +79,14 @@ def copies_in_flight(code: list[Instruction]) -> int:
     """The least number of groups of copies to shared memory under way during a loop's products.
 
     Of the longest loop, once it runs: 0 where the products wait for every copy issued before them.
+    Where the compiler has written out every turn of it, those under way at the first product.
     """
-    body = max(loops(code), key=len, default=[])
+    body, turns = max(loops(code), key=len, default=[]), 2
+    if not any(instruction.family in PRODUCTS for instruction in body):
+        first = next((n for n, i in enumerate(code) if i.family in PRODUCTS), -1)
+        body, turns = code[: first + 1], 1
     pending, least = 0, []
-    for _ in range(2):
+    for _ in range(turns):
         least = []
         for instruction in body:
             if instruction.family == "LDGDEPBAR":

@@ -7,7 +7,8 @@ version of Triton compiles it, in tests/data/.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -39,9 +40,11 @@ class Configuration:
     part: str
     channels: int
     precision: str = "bf16"
+    two_stages: bool = False  # a planted fault: as no launch ships
 
     def __str__(self) -> str:
-        return f"{self.target}-{self.part}-C{self.channels}-{self.precision}"
+        name = f"{self.target}-{self.part}-C{self.channels}-{self.precision}"
+        return f"{name}-two_stages" if self.two_stages else name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,8 +56,13 @@ class Configuration:
 
     def compile(self) -> list[dict]:
         """What the part's kernels need."""
+        from catkernels.kernels.launch import overriding
+
         torch.backends.cuda.matmul.fp32_precision = STREAMS[self.precision][1]
-        with compiling_for(self.target) as launched:
+        with ExitStack() as stack:
+            launched = stack.enter_context(compiling_for(self.target))
+            if self.two_stages:
+                stack.enter_context(overriding(lambda *asked: replace(asked[-1], num_stages=2)))
             PARTS[self.part](self)
         return [asdict(kernel.resources()) for kernel in launched]
 
@@ -104,7 +112,22 @@ def compile_gelu(case: Configuration) -> None:
     bias_gelu_backward(h, h, bias, h, h, meta(4 * case.channels))
 
 
-PARTS = {"norm": compile_norm, "mlp": compile_mlp, "gelu": compile_gelu}
+def compile_linear(case: Configuration) -> None:
+    from catkernels.kernels.dense.linear import linear_residual, norm_linear
+
+    x, attended, vector, channels = case.map(), case.map(product=True), case.vector(), case.channels
+    qkv, proj = (meta(size, channels, dtype=case.dtype) for size in (3 * channels, channels))
+    bias, out = case.vector(3 * channels), case.map(3 * channels, product=True)
+    norm_linear(x, vector, vector, qkv, bias, out, 1e-5)
+    linear_residual(x, attended, proj, vector, meta(64, dtype=case.dtype), x)
+
+
+PARTS = {
+    "norm": compile_norm,
+    "mlp": compile_mlp,
+    "gelu": compile_gelu,
+    "linear": compile_linear,
+}
 
 
 def shipped() -> Iterator[Configuration]:
@@ -120,7 +143,9 @@ def shipped() -> Iterator[Configuration]:
         for channels in (32, 64, 96, 128, 192):
             for precision in ("bf16", "autocast"):
                 yield Configuration(target, "mlp", channels, precision)
+                yield Configuration(target, "linear", channels, precision)
         yield Configuration(target, "mlp", 96, "fp16")
+        yield Configuration(target, "linear", 96, "fp16")
 
 
 # Of all families' launches on RDNA the one that takes most shared memory.
@@ -131,7 +156,14 @@ SAMPLE = [
     Configuration("sm_90", "gelu", 384),
     Configuration("sm_90", "mlp", 96),
     Configuration("sm_80", "mlp", 64, "autocast"),
+    Configuration("sm_90", "linear", 96),
+    Configuration("sm_90", "linear", 192, "autocast"),
+    Configuration("sm_80", "linear", 192),
 ]
+TWO_STAGES = Configuration("sm_90", "linear", 192, two_stages=True)
+COMPILABLE = SHIPPED | {str(c): c for c in (TWO_STAGES, MOST_SHARED)}
+# The kernels that multiply.
+MULTIPLY = ("mlp", "linear")
 
 
 def check(configuration: Configuration, kernels: list[dict]) -> None:
@@ -140,20 +172,36 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
     # what is launched on sm_80 is launched on GPUs with less shared memory as well
     limit = 99 * 1024 if target == "sm_80" else TARGETS[target][-1]
     # on Blackwell ptxas puts a value or two on the stack though it has registers left
-    stack_bytes = 8 if target == "sm_100" and configuration.part != "mlp" else 0
+    stack_bytes = 8 if target == "sm_100" and configuration.part not in MULTIPLY else 0
     for kernel in kernels:
         assert kernel["shared_bytes"] <= limit, (configuration, kernel)
         assert kernel["stack_bytes"] <= stack_bytes, (configuration, kernel)
         assert not kernel["hazards"], (configuration, kernel)
-        if configuration.part == "mlp":
+        if configuration.part in MULTIPLY:
             assert kernel["matrix_products"] > 0, (configuration, kernel)
+            if target in ("sm_80", "sm_90"):
+                check_fetches_ahead(configuration, kernel)
         elif target.startswith("sm_"):
             # four programs a processor
             assert kernel["registers"] <= 128, (configuration, kernel)
 
 
+def check_fetches_ahead(configuration: Configuration, kernel: dict) -> None:
+    """While some of a weight is multiplied, copies of what follows are under way."""
+    # what keeps its weights fetches none, and up to 64 channels of a residual are one step
+    fetches = "resident" not in kernel["kernel"]
+    one_step = kernel["kernel"].startswith("linear_residual") and configuration.channels <= 64
+    if fetches and not one_step:
+        assert kernel["copies_in_flight"] > 0, (configuration, "waits for its copies", kernel)
+
+
 def test_bars():
-    for configuration, kernels in compiled(__file__, SHIPPED, SAMPLE).items():
+    """Of a sample; and a fault planted to be found: with two stages all wait for their copies."""
+    results = compiled(__file__, COMPILABLE, [*SAMPLE, TWO_STAGES])
+    for kernel in results.pop(TWO_STAGES):
+        with pytest.raises(AssertionError, match="waits for its copies"):
+            check_fetches_ahead(TWO_STAGES, kernel)
+    for configuration, kernels in results.items():
         check(configuration, kernels)
 
 
@@ -173,4 +221,4 @@ def test_bars_of_everything_shipped():
 
 
 if __name__ == "__main__":
-    main(NAME, __file__, SHIPPED, SHIPPED | {str(MOST_SHARED): MOST_SHARED})
+    main(NAME, __file__, SHIPPED, COMPILABLE)

@@ -78,3 +78,8 @@ def test_counts_the_copies_in_flight():
     assert sass.copies_in_flight(loop("DEPBAR.LE SB0, 0x0", product, *copy)) == 0
     assert sass.copies_in_flight(loop(*copy, "DEPBAR.LE SB0, 0x0", product)) == 0
     assert sass.copies_in_flight(loop(product)) == 0
+    # no loop is left: what counts is that there are copies left to wait for at its first turn
+    written_out = [*copy, *copy, "DEPBAR.LE SB0, 0x1", product, "DEPBAR.LE SB0, 0x0", product]
+    assert sass.copies_in_flight(loop(*written_out)[: len(written_out)]) == 1
+    waiting = [line.replace("0x1", "0x0") for line in written_out]
+    assert sass.copies_in_flight(loop(*waiting)[: len(waiting)]) == 0

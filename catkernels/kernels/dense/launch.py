@@ -287,7 +287,7 @@ def linear_residual_launch(problem: LinearProblem) -> LinearLaunch:
 
 
 def _linear_launch(problem: LinearProblem) -> LinearLaunch:
-    """128 rows: tiles of fewer ask more of the weight than the second-level cache gives."""
+    """128 rows: half as many would fetch the weight for longer than the map takes."""
     stages = 1 if problem.architecture == CDNA else 3
     return LinearLaunch(8, stages, rows=128, step=_step(problem))
 
