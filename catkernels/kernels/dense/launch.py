@@ -283,6 +283,9 @@ def norm_linear_launch(problem: LinearProblem) -> LinearLaunch:
 
 def linear_residual_launch(problem: LinearProblem) -> LinearLaunch:
     """The launch of a linear layer and a residual."""
+    if problem.architecture == AMPERE:
+        # twice as many features would take more than the 64 KiB of RDNA
+        return LinearLaunch(8, 3, rows=128, step=32)
     return _linear_launch(problem)
 
 
