@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from catkernels import cpu, reference
 from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
-from catkernels.functional import cpsa_attention, ipsa_attention, ipsa_runs_kernels
+from catkernels.choice import ipsa_runs_kernels
+from catkernels.functional import cpsa_attention, ipsa_attention
 from catkernels.parts import AttentionParts
 from catkernels.torch_state.precision import autocast_is_on
 

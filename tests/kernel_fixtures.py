@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,9 +18,46 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "launches_nothing: `launches` is to stay empty")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    """Any test may run kernels, by itself or within a model."""
+    interpreting = importlib.util.find_spec("triton") and not torch.cuda.is_available()
+    with quickly_interpreted() if interpreting else nullcontext():
+        yield
+
+
+@contextmanager
+def quickly_interpreted() -> Iterator[None]:
+    """Spare Triton's interpreter what it does in vain: most of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # whether integers overflow is worked out, and asserted only in a mode for debugging
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    # the language is replaced anew for every function that a kernel calls: once a launch is enough
+    languages = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    replace_language, launched = interpreter._patch_lang, []
+
+    def replace_once(function: object) -> object:
+        if launched:
+            return interpreter._LangPatchScope()
+        launched.append(scope := replace_language(languages))
+        restore = scope.restore
+        scope.restore = lambda: (launched.clear(), restore())
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.interpreter_builder, "options", options)
+        patch.setattr(interpreter, "_patch_lang", replace_once)
+        # 262 programs that each sum a few numbers; in blocks of any size they give the same
+        patch.setattr("catkernels.kernels.cpsa.weights.SUM_BLOCK", 1024)
+        yield
+
+
 @pytest.fixture
-def device(quick_interpreter: None) -> torch.device:
+def device() -> torch.device:
     """Where kernels run here: the GPU, else the CPU through Triton's interpreter."""
+    pytest.importorskip("triton")
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -57,35 +95,6 @@ def tf32_on_gpus() -> Iterator[None]:
         torch.set_float32_matmul_precision("high")
     yield
     torch.set_float32_matmul_precision(before)
-
-
-@pytest.fixture
-def quick_interpreter() -> Iterator[None]:
-    """Spare Triton's interpreter what it does in vain."""
-    pytest.importorskip("triton")
-    with quickly_interpreted():
-        yield
-
-
-@contextmanager
-def quickly_interpreted() -> Iterator[None]:
-    """Spare Triton's interpreter what it does in vain: most of its time."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    # whether integers overflow is worked out, and asserted only in a mode for debugging
-    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
-    # the language is replaced anew for every function that a kernel calls: once is enough
-    replaced = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(interpreter.interpreter_builder, "options", options)
-            patch.setattr(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
-            # 262 programs that each sum a few numbers; in blocks of any size they give the same
-            patch.setattr("catkernels.kernels.cpsa.weights.SUM_BLOCK", 1024)
-            yield
-    finally:
-        replaced.restore()
 
 
 @pytest.fixture

@@ -52,11 +52,9 @@ def expected(steps, tf32_on_gpus) -> dict[torch.dtype, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_each_backend_learns_what_the_official_operations_learn(backend, steps, expected, request):
-    if backend == "triton":
-        request.getfixturevalue("quick_interpreter")
-        if reasons := device_reasons(PROCESSES.device):
-            pytest.skip("; ".join(reasons))
+def test_each_backend_learns_what_the_official_operations_learn(backend, steps, expected):
+    if backend == "triton" and (reasons := device_reasons(PROCESSES.device)):
+        pytest.skip("; ".join(reasons))
     actual = learn(tiny_model(backend=backend, **MODEL), steps)
     for name, truth in expected[torch.float64].items():
         assert_within_error_budget(actual[name], expected[torch.float32][name], truth, name)

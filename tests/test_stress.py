@@ -10,7 +10,6 @@ from catkernels.cases import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inpu
 from catkernels.torch_state.device import best_device, interpreting
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 DEVICE = best_device()
 FEW_WINDOWS = [

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, linearize, vmap
 
 import catkernels
-from catkernels import functional
+from catkernels import choice
 from catkernels.cases import Shape, make_cpsa_inputs, make_ipsa_inputs
 
 pytest.importorskip("triton")
@@ -42,12 +42,12 @@ eager_and_compiled = pytest.mark.parametrize("compiled", [False, True], ids=["ea
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch):
     """Let "auto" choose the kernels wherever they can serve, interpreted ones as well."""
-    choose = functional._choose_kernels
+    choose = choice.choose_kernels
 
     def chosen(function, backend, device, reasons):
         return choose(function, backend, torch.device("cuda"), reasons)
 
-    monkeypatch.setattr(functional, "_choose_kernels", chosen)
+    monkeypatch.setattr(choice, "choose_kernels", chosen)
 
 
 def make_call(name: str, device: torch.device, dtype: torch.dtype = torch.float32):
