@@ -7,6 +7,7 @@ official code's, so that an adopted block and a block of our own share one path.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,9 @@ from catkernels import cpu, reference
 from catkernels.arguments import Backend, check_backend, check_patch_size, check_probability
 from catkernels.choice import ipsa_runs_kernels
 from catkernels.functional import cpsa_attention, ipsa_attention
-from catkernels.parts import AttentionParts
+from catkernels.parts import AttentionParts, is_our_index
 from catkernels.torch_state.precision import autocast_is_on
+from catkernels.torch_state.tensors import values_can_be_read
 
 
 class _Attention(nn.Module):
@@ -53,6 +55,19 @@ class _Attention(nn.Module):
         self.attn_drop = nn.Dropout(check_probability("attn_drop", attn_drop))
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(check_probability("proj_drop", proj_drop))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """As every module does, but with an error for a bias table in another order than ours."""
+        *_, errors = arguments
+        name = f"{prefix}relative_position_index"
+        index, side = state_dict.get(name), self.patch_size[0]
+        # of other shapes PyTorch complains
+        if self.rpe and isinstance(index, Tensor) and index.shape == (side**2, side**2):
+            if values_can_be_read(index) and not is_our_index(index, side):
+                errors.append(f"{name} orders the rows of the bias table in another way")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return (

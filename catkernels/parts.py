@@ -230,7 +230,7 @@ def is_our_index(index: Tensor, side: int) -> bool:
     """
     if index.shape != (side**2, side**2):
         return False
-    return index.is_meta or torch.equal(index, relative_position_index(side, index.device))
+    return index.is_meta or torch.equal(index.long(), relative_position_index(side, index.device))
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -247,3 +247,16 @@ def test_weight_normed_cpsa_refuses_triton():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_table_in_another_order_is_not_loaded_in_silence(assign):
+    """The index is not read: it follows from the patch size."""
+    module = catkernels.IPSA(32, 7, 2)
+    state = module.state_dict()
+    module.load_state_dict(state, assign=assign)
+    narrow = {name: t if t.is_floating_point() else t.int() for name, t in state.items()}
+    module.load_state_dict(narrow, assign=assign)
+    turned = {name: t if t.is_floating_point() else t.flip(0) for name, t in state.items()}
+    with pytest.raises(RuntimeError, match="relative_position_index orders the rows of the bias"):
+        module.load_state_dict(turned, assign=assign, strict=False)

@@ -167,6 +167,27 @@ def test_a_tensor_made_of_others_is_a_wrapper():
     assert tensors.is_wrapper(TwoTensor(x, x))
 
 
+def test_values_are_read_where_there_are_any():
+    seen = []
+    look = vmap(lambda x: (seen.append(tensors.values_can_be_read(x)), x)[1])
+    plain = torch.ones(2)
+    look(plain)
+    with FakeTensorMode():
+        seen += map(tensors.values_can_be_read, (plain, torch.ones(2)))
+    seen.append(tensors.values_can_be_read(plain.to("meta")))
+    assert not any(seen)
+    assert tensors.values_can_be_read(plain)
+
+
+def test_a_tensor_tells_that_it_was_written_to():
+    x = torch.ones(2)
+    before = tensors.version(x)
+    x.add_(1)
+    assert tensors.version(x) > before
+    with torch.inference_mode():
+        assert tensors.version(torch.ones(2)) == 0
+
+
 def test_what_torch_compile_puts_around_a_module_is_known_by_its_name():
     module = nn.Linear(1, 1)
     assert not hooks.wraps_compiled(module)
