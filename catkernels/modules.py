@@ -62,11 +62,12 @@ class _Attention(nn.Module):
         """As every module does, but with an error for a bias table in another order than ours."""
         *_, errors = arguments
         name = f"{prefix}relative_position_index"
-        index, side = state_dict.get(name), self.patch_size[0]
+        index: Any = state_dict.get(name)
+        side = self.patch_size[0]
         # of other shapes PyTorch complains
-        if self.rpe and isinstance(index, Tensor) and index.shape == (side**2, side**2):
-            if values_can_be_read(index) and not is_our_index(index, side):
-                errors.append(f"{name} orders the rows of the bias table in another way")
+        is_index = isinstance(index, Tensor) and index.shape == (side**2, side**2)
+        if self.rpe and is_index and values_can_be_read(index) and not is_our_index(index, side):
+            errors.append(f"{name} orders the rows of the bias table in another way")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
