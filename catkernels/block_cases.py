@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +93,10 @@ class _RowsCase:
         return Shape(self.name, self.batch, self.height, self.width, self.channels, num_heads=1)
 
 
-def _autocast(x: Tensor, weights: tuple[Tensor, ...]) -> contextlib.AbstractContextManager[object]:
-    """Autocast to the dtype of the matrices, where that is none of the map."""
+def _autocast(x: Tensor, weights: tuple[Tensor, ...]) -> torch.autocast:
+    """Autocast to the dtype of the matrices, where that is not the map's."""
     (dtype,) = {weight.dtype for weight in weights if weight.dim() == 2}
-    return torch.autocast(x.device.type, dtype, enabled=True) if dtype != x.dtype else _NOTHING
-
-
-_NOTHING = contextlib.nullcontext()
+    return torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype)
 
 
 class MLPCase(_RowsCase):

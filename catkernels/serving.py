@@ -72,7 +72,9 @@ def _moment_reasons(norm: nn.Module, x: Tensor) -> list[str]:
 
 def qkv_joins(norm: nn.Module, qkv: nn.Linear, x: Tensor) -> bool:
     """Whether kernels compute ``qkv(norm(x))``, as one, or the norm and its gradients for it."""
-    return not (qkv_reasons(norm, qkv, x) and norm_reasons(norm, x))
+    if _plain_norm_reasons(norm, x):
+        return False
+    return not (_joined_reasons("qkv", qkv, x, channels=1) and _moment_reasons(norm, x))
 
 
 def qkv_reasons(norm: nn.Module, qkv: nn.Linear, x: Tensor) -> list[str]:
