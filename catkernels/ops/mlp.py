@@ -167,7 +167,9 @@ def _by_products(
         *grads_of_norm[:3],
         weight_gradient(dh, normed, fc1_weight.dtype) if needs_fc1 else None,
         grad_fc1_bias,
-        weight_gradient(grad_branch, activated, fc2_weight.dtype) if needs_fc2 else None,
+        weight_gradient(grad_branch, activated, fc2_weight.dtype)
+        if activated is not None
+        else None,
         bias_gradient(grad_branch, ctx.fc2_bias_dtype) if needs_fc2_bias else None,
     )
 
@@ -185,7 +187,8 @@ class _BiasGelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dh, grad_bias, _ = _bias_gelu_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        h, bias = ctx.saved_tensors
+        dh, grad_bias, _ = _bias_gelu_backward(grad, h, bias, ctx.needs_input_grad[1])
         return dh, grad_bias
 
 
@@ -202,7 +205,7 @@ def _bias_gelu_backward(
         needs_bias,
         needs_output,
     )
-    grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+    grad_bias = grad_bias.to(bias.dtype) if bias is not None and needs_bias else None
     return dh, grad_bias, output if needs_output else None
 
 

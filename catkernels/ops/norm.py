@@ -80,8 +80,9 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, grad_normed, grad_x):
         if grad_normed is None:
             return grad_x, *(None,) * 4
+        x, weight, bias = ctx.saved_tensors
         dx, grad_weight, grad_bias, _ = norm_backward(
-            grad_normed, grad_x, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[1:3]
+            grad_normed, grad_x, x, weight, bias, ctx.eps, ctx.needs_input_grad[1:3]
         )
         return dx, grad_weight, grad_bias, None, None
 
@@ -126,7 +127,7 @@ def parameter_gradients(
     needs_weight, needs_bias = needed
     return (
         gradients[0].to(weight.dtype) if needs_weight else None,
-        gradients[1].to(bias.dtype) if needs_bias else None,
+        gradients[1].to(bias.dtype) if bias is not None and needs_bias else None,
     )
 
 
