@@ -189,11 +189,13 @@ def test_copies_are_served_as_their_models_are(copy):
     assert unchanged.read_attention() is not None
 
 
-@pytest.mark.parametrize("value", [3, 0.5, "mean", (1, 2), None, nn.Identity])
+@pytest.mark.parametrize("value", [3, 0.5, "mean", (1, (2, 3)), [1], {"a": 1}, None, nn.Identity])
 def test_trust_lasts_as_long_as_the_attributes(value):
     module = nn.Identity()
     module.option = value
     trust = Trust.of(module)
+    assert trust.holds_for(module)
+    module.option = deepcopy(value)
     assert trust.holds_for(module)
     loaded, twin = pickle.loads(pickle.dumps((trust, module)))
     assert loaded.holds_for(twin)
@@ -259,3 +261,22 @@ def test_a_block_that_was_held_before_patching_is_the_one_in_its_place():
         block.attn.qkv = nn.Linear(49, 147).double()
         block.mlp = nn.Identity()
     torch.testing.assert_close(patched(images), model(images))
+
+
+def test_a_graph_has_what_serves_a_patched_block():
+    """Of what a module is made, a compiler of graphs tells less than Python does."""
+    model = nn.Sequential(
+        official.CATBlock(16, None, 1, 2, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, "ipsa")
+    )
+    patch(model, compare=False)
+    model[0].H = model[0].W = 4
+    asked = []
+
+    def backend(graph, inputs):
+        asked.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(1, 16, 16))
+    called_itself = nn.functional.softmax
+    assert asked
+    assert called_itself not in asked
