@@ -261,22 +261,3 @@ def test_a_block_that_was_held_before_patching_is_the_one_in_its_place():
         block.attn.qkv = nn.Linear(49, 147).double()
         block.mlp = nn.Identity()
     torch.testing.assert_close(patched(images), model(images))
-
-
-def test_a_graph_has_what_serves_a_patched_block():
-    """Of what a module is made, a compiler of graphs tells less than Python does."""
-    model = nn.Sequential(
-        official.CATBlock(16, None, 1, 2, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, "ipsa")
-    )
-    patch(model, compare=False)
-    model[0].H = model[0].W = 4
-    asked = []
-
-    def backend(graph, inputs):
-        asked.extend(node.target for node in graph.graph.nodes)
-        return graph.forward
-
-    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(1, 16, 16))
-    called_itself = nn.functional.softmax
-    assert asked
-    assert called_itself not in asked
