@@ -66,20 +66,32 @@ def _is_as_it_was(kind: type[nn.Module]) -> bool:
     known = _namespaces.get(kind)
     if known is None:
         known = _namespaces[kind] = _namespace(kind)
-    return all(getattr(kind, name, None) is value for name, value in known.items())
+    return all(_own(kind, name) is value for name, value in known.items())
 
 
 def _namespace(kind: type[nn.Module]) -> dict[str, object]:
     bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
     names = {name for base in bases for name in vars(base) if not name.startswith("__")}
     names.add("__call__")
-    values = {name: getattr(kind, name, None) for name in names}
+    values = {name: _own(kind, name) for name in names}
     # a class method is made anew each time it is asked for
-    return {name: value for name, value in values.items() if getattr(kind, name, None) is value}
+    return {name: value for name, value in values.items() if _own(kind, name) is value}
+
+
+def _own(kind: type[nn.Module], name: str) -> object:
+    """What a class has by a name, unless every module has it: what traces replaces that for all."""
+    value = getattr(kind, name, None)
+    return None if value is getattr(nn.Module, name, None) else value
 
 
 def _is_same(value: Any, former: Any) -> bool:
-    # a number that went through a file is another object
-    return value is former or (
-        type(value) is type(former) and isinstance(value, int | float | str) and value == former
-    )
+    """Whether an attribute is what it was. A file or `torch.export` rebuilds plain ones, equal."""
+    if value is former:
+        return True
+    if type(value) is not type(former):
+        return False
+    if isinstance(value, dict):
+        return value.keys() == former.keys() and all(_is_same(value[k], former[k]) for k in value)
+    if isinstance(value, tuple | list):
+        return len(value) == len(former) and all(map(_is_same, value, former))
+    return isinstance(value, int | float | str) and bool(value == former)

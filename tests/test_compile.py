@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from tiny_models import ONE_STAGE, TINY
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import catkernels
@@ -226,3 +227,23 @@ def test_a_gradient_penalty_reaches_every_input(name):
     (gradient,) = torch.autograd.grad(loss, inputs[0], create_graph=True)
     penalty = torch.autograd.grad(gradient.square().sum(), inputs, allow_unused=True)
     assert all(second is not None and second.isfinite().all() for second in penalty)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_graph_has_what_serves_a_patched_block(changed):
+    """Of what a module is made, a compiler of graphs knows less than Python does."""
+    options = (16, None, 1, 2, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, "ipsa")
+    model = nn.Sequential(official.CATBlock(*options))
+    catkernels.patch(model, compare=False)
+    model[0].H = model[0].W = 4
+    if changed:
+        # what only the official attention's own code could read
+        model[0].attn.patch_size = (3, 3)
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(node.target for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled(model, backend=backend)(torch.randn(1, 16, 16))
+    assert (nn.functional.softmax in called) == changed

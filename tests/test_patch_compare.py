@@ -11,6 +11,7 @@ from patch_cases import build, run
 from right_forks import RIGHT, Remembers
 from tiny_models import TINY
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 from wrong_forks import (
     DROPS,
@@ -265,3 +266,13 @@ def test_nothing_of_a_comparison_is_counted():
     with FlopCounterMode(display=False) as counter:
         patch(model)
     assert counter.get_total_flops() == 0
+
+
+def test_a_weight_that_is_no_parameter_is_compared_as_well():
+    """Pruning leaves one that it computes before each call."""
+    model, images = build()
+    for block in model.layers[0].cpsa_blocks:
+        prune.l1_unstructured(block.norm1, "weight", 0.5)
+    expected = model.eval()(images)
+    assert len(patch(model).swapped) == 6
+    torch.testing.assert_close(model(images), expected)

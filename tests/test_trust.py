@@ -189,11 +189,13 @@ def test_copies_are_served_as_their_models_are(copy):
     assert unchanged.read_attention() is not None
 
 
-@pytest.mark.parametrize("value", [3, 0.5, "mean", (1, 2), None, nn.Identity])
+@pytest.mark.parametrize("value", [3, 0.5, "mean", (1, (2, 3)), [1], {"a": 1}, None, nn.Identity])
 def test_trust_lasts_as_long_as_the_attributes(value):
     module = nn.Identity()
     module.option = value
     trust = Trust.of(module)
+    assert trust.holds_for(module)
+    module.option = deepcopy(value)
     assert trust.holds_for(module)
     loaded, twin = pickle.loads(pickle.dumps((trust, module)))
     assert loaded.holds_for(twin)

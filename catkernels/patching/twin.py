@@ -148,7 +148,9 @@ def _bare_twin(module: nn.Module) -> nn.Module:
 def _copied(value: Any) -> Any:
     """A value whose changes do not show in the original: what is counted, cached or drawn in it."""
     if isinstance(value, Tensor):
-        return value if value.is_meta else value.detach().to("cpu", copy=True)
+        # a weight that pruning has computed of others, say
+        dtype = torch.float64 if value.is_floating_point() else value.dtype
+        return value if value.is_meta else value.detach().to("cpu", dtype, copy=True)
     if isinstance(value, dict) and type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     if type(value) in (list, tuple, set):
