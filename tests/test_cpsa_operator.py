@@ -67,13 +67,17 @@ def test_function_transforms(device):
 @pytest.mark.parametrize("patches", [1, 2])
 def test_operators_are_well_formed(patches, device):
     case = cpsa_case(2, 2 * patches, 3, patch_size=2)
-    x, qkv_weight, qkv_bias, proj_weight, proj_bias = case.inputs(FP16, device).values()
-    folded = reference.fold_weights(qkv_weight, qkv_bias, proj_weight, 1 / 2)
-    bias, seed = proj_bias.float(), torch.tensor([1], device=device)
+    x, *weights = case.inputs(FP16, device).values()
+    folded = reference.fold_weights(*weights[:3], 1 / 2)
+    seed = torch.tensor([1], device=device)
     grad = random_grad(case.shape, x)
     operators = torch.ops.catkernels
-    for dropout in ((None, 2, 0.0), (seed, 2, 0.5)):
-        torch.library.opcheck(operators.cpsa_forward.default, (x, folded, bias, *dropout, FP16))
+    for given, arguments in (
+        (weights, (None, 2, 0.5, 0.0, FP16)),
+        ((weights[0], None, weights[2], None), (seed, 2, 0.5, 0.5, FP16)),
+    ):
+        torch.library.opcheck(operators.cpsa_forward.default, (x, *given, *arguments))
+    dropout = (seed, 2, 0.5)
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(operators.cpsa_backward.default, (grad, x, folded, *dropout, *needs))
 

@@ -53,12 +53,13 @@ class Configuration:
     single: bool = False  # one channel of one image: every argument that can be 1 is
     pixel: bool = False  # maps of 1 x 1
     wide: bool = False  # offsets of 64 bits
+    folds: bool = False  # with the kernel that folds the weights, the same for all sizes of maps
     two_stages: bool = False  # a planted fault: as no launch ships
     batch: int = 64
 
     def __str__(self) -> str:
         flags = ("autocast", "padded", "dropout", "least_dropout", "single", "pixel", "wide")
-        flags += ("two_stages",)
+        flags += ("folds", "two_stages")
         words = [self.target, f"P{self.num_patches}", self.precision]
         words += [flag for flag in flags if getattr(self, flag)]
         return "-".join(words if self.batch == 64 else [*words, f"batch{self.batch}"])
@@ -82,6 +83,8 @@ class Configuration:
         height, width = (7 * side - self.padded for side in (rows, columns))
         size = (batch, *((1, 1) if self.pixel else (height, width)), channels)
         x = meta(*size, dtype=torch.float32 if self.autocast else dtype)
+        sizes = ((147, 49), (147,), (49, 49), (49,))
+        weights = [meta(*sides, dtype=x.dtype) for sides in sizes]
         folded, bias = meta(2, 50, 49), meta(49)
         dropout_p = 2**-16 if self.least_dropout else 0.1 * self.dropout
         seed = meta(1, dtype=torch.int64) if dropout_p else None
@@ -96,13 +99,15 @@ class Configuration:
                 stack.enter_context(overriding(two_stages))
             compiled = stack.enter_context(compiling_for(self.target))
             out = meta(*size, dtype=dtype)
-            cpsa_forward(x, folded, bias, seed, out, 7, dropout_p)
+            cpsa_forward(x, *weights, seed, out, 7, 1 / 7, dropout_p)
             if has_backward:
                 grads = (torch.empty_like(t) for t in (x, folded, bias))
                 cpsa_backward(out, x, folded, seed, *grads, 7, dropout_p)
         helpers = ("cpsa_prepare_weights_kernel", "cpsa_sum_partials_kernel")
         if self.batch != 64:
             helpers = ()
+        elif not self.folds:
+            helpers += ("cpsa_fold_weights_kernel",)
         return [asdict(k.resources()) for k in compiled if k.kernel not in helpers]
 
 
@@ -118,6 +123,9 @@ def shipped() -> Iterator[Configuration]:
         yield Configuration(target, 16, "fp32")
         if target != "gfx942":
             yield Configuration(target, 4, "tf32")
+        # weights in half precision, and in float32 under autocast
+        for autocast in (False, True):
+            yield Configuration(target, 1, autocast=autocast, folds=True)
     for num_patches in (2, 49):
         yield Configuration("sm_90", num_patches)
     for num_patches in (4, 64):
@@ -145,6 +153,7 @@ SAMPLE = [
     Configuration("sm_100", 16),
     Configuration("gfx942", 1),
     Configuration("sm_90", 1, single=True),
+    *(Configuration("sm_90", 1, autocast=autocast, folds=True) for autocast in (False, True)),
 ]
 # each a first call, if anything of a batch took part in what is compiled
 BATCHES = [
@@ -173,6 +182,11 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         assert kernel["shared_bytes"] <= min(TARGETS[target][-1], 99 * 1024), message
         # a kernel that compiled to a trap has a handful of instructions
         assert kernel["instructions"] >= 150, message
+        if name == "cpsa_fold_weights_kernel":
+            # no product instruction, which might round factors, and code that is soon compiled
+            assert kernel["matrix_products"] == kernel["stack_bytes"] == 0, message
+            assert kernel["instructions"] <= 1400, message
+            continue
         if name != "cpsa_copy_tokens_kernel":
             exact = nvidia and configuration.precision == "fp32"
             assert (kernel["matrix_products"] == 0) == exact, message
@@ -247,7 +261,8 @@ def test_compiles_once_for_any_batch(sampled):
     for kernel in kernels:
         compilations[kernel["kernel"]].add(kernel["hash"])
     assert {name: len(hashes) for name, hashes in compilations.items()} == {
-        "cpsa_prepare_weights_kernel": 2,  # with the bias and without
+        "cpsa_fold_weights_kernel": 1,
+        "cpsa_prepare_weights_kernel": 1,
         "cpsa_map_forward_kernel": 1,
         "cpsa_map_backward_kernel": 1,
         "cpsa_copy_tokens_kernel": 2,  # to tokens and back

@@ -71,26 +71,31 @@ def cpsa_attention(
         x: map (B, H, W, C) with any strides; in float32 it is rounded to ``dtype`` as it is read.
         dtype: what the kernels compute with and return.
     """
+    weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+    seed = draw_seed(dropout_p, x.device)
+    problem = (seed, patch_size, scale, dropout_p, dtype)
+    if not needs_grad(x, *weights):
+        return torch.ops.catkernels.cpsa_forward(x, *weights, *problem)
     with torch.autocast(x.device.type, enabled=False):
         folded = fold_weights(qkv_weight, qkv_bias, proj_weight, scale)
         bias = None if proj_bias is None else proj_bias.float()
-    seed = draw_seed(dropout_p, x.device)
-    arguments = (x, folded, bias, seed, patch_size, dropout_p, dtype)
-    if needs_grad(x, folded, bias):
-        return _Attention.apply(*arguments)
-    return torch.ops.catkernels.cpsa_forward(*arguments)
+    return _Attention.apply(x, folded, bias, *weights, *problem)
 
 
 class _Attention(torch.autograd.Function):
-    """The forward operator, differentiated by the backward operator."""
+    """The forward operator, differentiated by the backward operator.
+
+    It takes the weights twice: its output is made of the layers' own, as without gradients, to the
+    same bits; the gradients go to those that autograd has folded.
+    """
 
     @staticmethod
-    def forward(*arguments):
-        return torch.ops.catkernels.cpsa_forward(*arguments)
+    def forward(x, folded, bias, *arguments):
+        return torch.ops.catkernels.cpsa_forward(x, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, folded, _, seed, ctx.patch_size, ctx.dropout_p, _ = inputs
+        x, folded, *_, seed, ctx.patch_size, _, ctx.dropout_p, _ = inputs
         ctx.save_for_backward(x, folded, seed)
 
     @staticmethod
@@ -110,21 +115,23 @@ class _Attention(torch.autograd.Function):
             x_grad if needs_x else None,
             folded_grad if needs_folded else None,
             bias_grad if needs_bias else None,
-            *(None,) * 4,
+            *(None,) * 9,
         )
 
 
-def _forward(x, folded, bias, seed, patch_size, dropout_p, dtype):
-    out = _forward_output(x, folded, bias, seed, patch_size, dropout_p, dtype)
+def _forward(x, *arguments):
+    out = _forward_output(x, *arguments)
     if out.numel():
         from catkernels.kernels.cpsa.forward import cpsa_forward
 
-        cpsa_forward(x.contiguous(), folded, bias, seed, out, patch_size, dropout_p)
+        *weights, seed, patch_size, scale, dropout_p, _ = arguments
+        cpsa_forward(*contiguous(x, *weights), seed, out, patch_size, scale, dropout_p)
     return out
 
 
-def _forward_output(x, folded, bias, seed, patch_size, dropout_p, dtype):
+def _forward_output(x, *arguments):
     """The map (B, H, W, C), not written yet."""
+    *_, dtype = arguments
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -162,8 +169,13 @@ def _backward_outputs(grad, x, folded, seed, patch_size, dropout_p, needs_x, nee
     )
 
 
-def _forward_flops(x_shape, folded_shape, bias, seed, patch_size, *arguments, **_) -> int:
-    """Queries, scores, their products with the tokens, and outputs; of one patch, outputs only."""
+def _forward_flops(
+    x_shape, qkv_shape, qkv_bias, proj_shape, proj_bias, seed, patch_size, *arguments, **_
+) -> int:
+    """Queries, scores, their products with the tokens, and outputs; of one patch, outputs only.
+
+    The fold is left out: it is the same for a map of any size.
+    """
     patches, with_matrix, with_tokens = _product_flops(x_shape, patch_size)
     return with_matrix if patches == 1 else 2 * with_matrix + 2 * with_tokens
 
@@ -183,8 +195,9 @@ def _product_flops(x_shape: torch.Size, patch_size: int) -> tuple[int, int, int]
 
 
 define_operator(
-    "cpsa_forward(Tensor x, Tensor folded, Tensor? bias, Tensor? seed, "
-    "int patch_size, float dropout_p, ScalarType dtype) -> Tensor",
+    "cpsa_forward(Tensor x, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight, "
+    "Tensor? proj_bias, Tensor? seed, int patch_size, float scale, float dropout_p, "
+    "ScalarType dtype) -> Tensor",
     _forward,
     _forward_output,
     _forward_flops,

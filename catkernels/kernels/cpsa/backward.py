@@ -341,7 +341,8 @@ def cpsa_backward(
 
     Args:
         grad: gradient (B, H, W, C) of the output.
-        x, folded, seed: as in the forward pass.
+        x, seed: as in the forward pass.
+        folded: float32 (2, N*N + 1, N*N), see `catkernels.reference.fold_weights`.
         dx: written; gradient (B, H, W, C) of x, in its dtype. Or None.
         folded_grad, bias_grad: written; gradients of ``folded`` and of the bias (N*N,), in float32.
             Or both None.
@@ -351,7 +352,7 @@ def cpsa_backward(
         problem = Problem.of(x, grad.dtype, patch_size, dropout_p)
         # where every row of attention weights sums to 1, what they all add moves no gradient
         value_rows = "none" if seed is None else "values"
-        matrices, constants = prepare_weights(folded, None, patch_size, grad.dtype, value_rows)
+        matrices, constants = prepare_weights(folded, patch_size, grad.dtype, value_rows)
         attention = {
             "matrices_ptr": matrices,
             "constants_ptr": constants,

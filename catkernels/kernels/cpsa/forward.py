@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.cpsa.flash_forward import flash_forward
+from catkernels.kernels.cpsa.fold import fold_weights
 from catkernels.kernels.cpsa.launch import Problem, forward_launch, route
 from catkernels.kernels.cpsa.map_tiles import (
     ROWS,
@@ -31,7 +32,6 @@ from catkernels.kernels.cpsa.weights import (
     VALUE_SCALE,
     load_constants,
     load_matrix,
-    prepare_weights,
 )
 from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import dot
@@ -121,26 +121,29 @@ def cpsa_map_forward_kernel(
 
 def cpsa_forward(
     x: Tensor,
-    folded: Tensor,
-    bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
     patch_size: int,
+    scale: float,
     dropout_p: float,
 ) -> None:
-    """CPSA with folded weights, computed in the dtype of ``out``. All tensors are contiguous.
+    """CPSA computed in the dtype of ``out``. All tensors are contiguous.
 
     Args:
         x: map (B, H, W, C), of any floating dtype.
-        folded: float32 (2, N*N + 1, N*N), see `catkernels.reference.fold_weights`.
-        bias: float32 (N*N,) of the outputs, or None.
+        qkv_weight, qkv_bias, proj_weight, proj_bias: each of any floating dtype up to float32.
         seed: int64 (1,) of the dropout, or None for none.
         out: written; (B, H, W, C).
     """
     with on_device(x.device):
         problem = Problem.of(x, out.dtype, patch_size, dropout_p)
         value_rows = "out" if seed is None else "values"
-        matrices, constants = prepare_weights(folded, bias, patch_size, out.dtype, value_rows)
+        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+        matrices, constants = fold_weights(*weights, scale, patch_size, out.dtype, value_rows)
         attention = {
             "matrices_ptr": matrices,
             "constants_ptr": constants,

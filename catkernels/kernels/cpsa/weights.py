@@ -99,26 +99,31 @@ def store_gradients(
 
 
 @triton.jit
+def pixels_on_grid(PATCH: tl.constexpr):
+    """The pixel at each coordinate (PIXELS,), and whether there is one."""
+    coordinate = tl.arange(0, PIXELS)
+    row, column = coordinate // GRID, coordinate % GRID
+    return row * PATCH + column, (row < PATCH) & (column < PATCH)
+
+
+@triton.jit
 def cpsa_prepare_weights_kernel(
     folded_ptr,
-    bias_ptr,
     matrices_ptr,
     constants_ptr,
     PATCH: tl.constexpr,
     VALUE_ROWS: tl.constexpr,
 ):
-    """A, M and the constants of folded weights (2, N*N + 1, N*N), on the grid and scaled.
+    """A, M and the constants of folded weights (2, N*N + 1, N*N), on the grid: `store_weights`.
 
-    VALUE_ROWS says what of the constants is M's: "out", Wp bv + bp; "values", Wp bv; or "none".
+    For the backward pass, in which the bias of the outputs takes no part.
 
     Grid: (2,), the scores' weights and the values'.
     Writes: matrices_ptr (2, 64, 64), constants_ptr (4, 64) up to the powers in its last row.
     """
     side: tl.constexpr = PATCH * PATCH
     kind = tl.program_id(0)
-    coordinate = tl.arange(0, PIXELS)
-    pixel = coordinate // GRID * PATCH + coordinate % GRID
-    real = (coordinate // GRID < PATCH) & (coordinate % GRID < PATCH)
+    pixel, real = pixels_on_grid(PATCH)
 
     folded_ptr += kind * (side + 1) * side
     # [PIXELS, PIXELS]
@@ -130,8 +135,26 @@ def cpsa_prepare_weights_kernel(
     # [PIXELS]
     constant = tl.load(folded_ptr + side * side + pixel, mask=real, other=0.0)
     bias = tl.zeros_like(constant)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + pixel, mask=real, other=0.0)
+    store_weights(matrix, constant, bias, kind, matrices_ptr, constants_ptr, PATCH, VALUE_ROWS)
+
+
+@triton.jit
+def store_weights(
+    matrix,
+    constant,
+    bias,
+    kind,
+    matrices_ptr,
+    constants_ptr,
+    PATCH: tl.constexpr,
+    VALUE_ROWS: tl.constexpr,
+):
+    """Scale and store A with u (kind 0), or M with Wp bv and bp (kind 1), which lie on the grid.
+
+    They are a matrix (PIXELS, PIXELS), a constant (PIXELS,) and a bias (PIXELS,), all in float32.
+    VALUE_ROWS says what of the constants is M's: "out", Wp bv + bp; "values", Wp bv; or "none".
+    """
+    coordinate = tl.arange(0, PIXELS)
     added = constant
     if kind == 1:
         if VALUE_ROWS == "out":
@@ -230,19 +253,22 @@ def cpsa_sum_partials_kernel(
     tl.store(bias_grad_ptr + column, total, mask=real & is_bias)
 
 
+def empty_weights(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The matrices and constants that `store_weights` fills, on the device of ``like``."""
+    matrices = like.new_empty((2, PIXELS.value, PIXELS.value), dtype=dtype)
+    return matrices, like.new_empty((4, PIXELS.value), dtype=torch.float32)
+
+
 def prepare_weights(
     folded: Tensor,
-    bias: Tensor | None,
     patch_size: int,
     dtype: torch.dtype,
-    value_rows: Literal["out", "values", "none"],
+    value_rows: Literal["values", "none"],
 ) -> tuple[Tensor, Tensor]:
     """The matrices (2, 64, 64) in ``dtype`` and the float32 constants (4, 64) of folded weights."""
-    matrices = folded.new_empty((2, PIXELS.value, PIXELS.value), dtype=dtype)
-    constants = folded.new_empty((4, PIXELS.value))
+    matrices, constants = empty_weights(folded, dtype)
     cpsa_prepare_weights_kernel[(2,)](
         folded,
-        bias,
         matrices,
         constants,
         PATCH=patch_size,
