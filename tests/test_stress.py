@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import catkernels
+from catkernels.block_cases import MLPCase, ProjectionCase
 from catkernels.cases import Shape, cat_stages, make_cpsa_inputs, make_ipsa_inputs
 from catkernels.torch_state.device import best_device, interpreting
 
@@ -33,7 +34,28 @@ def cpsa(shape: Shape, dtype: torch.dtype):
     return catkernels.cpsa_attention, make_cpsa_inputs(shape, dtype, DEVICE), {"patch_size": 7}
 
 
-@pytest.mark.parametrize("make", [ipsa, cpsa])
+def mlp(shape: Shape, dtype: torch.dtype):
+    """The MLP of a block, its first image's branch dropped."""
+    return rows(MLPCase, shape, dtype)
+
+
+def projections(shape: Shape, dtype: torch.dtype):
+    """IPSA's linear layers with norm and residual."""
+    return rows(ProjectionCase, shape, dtype)
+
+
+def rows(kind: type[MLPCase | ProjectionCase], shape: Shape, dtype: torch.dtype):
+    case = kind(shape.name, shape.batch, shape.height, shape.width, shape.channels, drop_path=0.2)
+    if reasons := case.unsupported_reasons(DEVICE, dtype, needs_grad=True):
+        pytest.skip("; ".join(reasons))
+
+    def attend(*, backend, **inputs):
+        return case.attend(*inputs.values())
+
+    return attend, case.inputs(dtype, DEVICE), {}
+
+
+@pytest.mark.parametrize("make", [ipsa, cpsa, mlp, projections])
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)],
