@@ -79,7 +79,7 @@ def steps(target: object, trial: bool) -> Iterator[Step]:
             yield Step(f"bits {prebuild.kind(case)}, {case}, {name}", run)
     yield from _attention_steps(target, trial, compiled=False)
     yield from _model_steps(trial)
-    yield from _block_steps(trial)
+    yield from _block_steps(target, trial)
     yield from _attention_steps(target, trial, compiled=True)
 
 
@@ -103,15 +103,19 @@ def _attention_steps(target: object, trial: bool, *, compiled: bool) -> Iterator
                     yield Step(f"{name} {shape} {direction} catkernels {candidate}", run)
 
 
-def _block_steps(trial: bool) -> Iterator[Step]:
+def _block_steps(target: object, trial: bool) -> Iterator[Step]:
     """Blocks and their parts, each pass and stage that a prediction was made of."""
     shapes = [operation.TRIAL_SHAPE] if trial else cat_stages("small", batch=256)
     for title, direction, stage in predictions.predictions():
         name = next(name for name in OPERATIONS if operation.title(name) == title)
         if name not in ATTENTIONS and stage <= len(shapes):
             case = operation.Case("stages", shapes[stage - 1], PRECISION, direction)
-            run = functools.partial(time_operation, name, case, "catkernels")
-            yield Step(f"{name} {case.shape} {direction} catkernels", run)
+            candidates = [Candidate("")]
+            if (name, direction) == ("mlp", "forward") and not trial:
+                candidates += prebuild.streamed(prebuild.MLPS[stage - 1], target)
+            for candidate in candidates:
+                run = functools.partial(time_operation, name, case, "catkernels", candidate)
+                yield Step(f"{name} {case.shape} {direction} catkernels {candidate}", run)
 
 
 def _model_steps(trial: bool) -> Iterator[Step]:

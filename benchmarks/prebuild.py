@@ -44,6 +44,9 @@ OPEN: dict[tuple[str, str, int], dict[str, tuple]] = {
     ("cpsa", "backward", 2): {"block_c": (4,), "ahead": (True,)},
 }
 
+# The stages of CAT-S at which the MLP's forward pass is one kernel.
+MLPS = (MLPCase("stage 1", IMAGES, 56, 56, 96), MLPCase("stage 2", IMAGES, 28, 28, 192))
+
 # What is repeated for the same bits, as large as a device is full: 32 images.
 REPEATED = (
     IPSACase("stage 1", 32, 56, 56, num_heads=3),
@@ -103,6 +106,20 @@ def open_candidates(attention: str, direction: str, stage: int, target: object) 
     return found
 
 
+def streamed(case: MLPCase, target: object) -> list[Candidate]:
+    """A launch of the MLP's forward pass that fetches its weights anew for each tile.
+
+    It is open where what ships keeps them in shared memory.
+    """
+    task = Task("", (case,), torch.bfloat16, False, "cuda", target, forward=True)
+    streams = {"num_warps": 8, "num_stages": 3, "rows": 128, "units": 64}
+    return [
+        Candidate(table, replace(shipped, **streams, resident_programs=0, max_registers=None))
+        for table, shipped in looked_up(task).items()
+        if getattr(shipped, "resident_programs", 0)
+    ]
+
+
 def _is_open(values: dict[str, tuple], shipped: object, launch: object) -> bool:
     """Whether only fields differ that are open, and in open values."""
     if isinstance(launch, tuple):
@@ -141,6 +158,9 @@ def compilations(target: object) -> Iterator[tuple[Task, Candidate]]:
                         yield replace(task, forward=direction == "forward"), candidate
             for half in (torch.bfloat16, torch.float16):
                 yield replace(task, dtype=half), Candidate("")
+    for case in MLPS:
+        task = Task("mlp", (case,), torch.bfloat16, False, "cuda", target, forward=True)
+        yield from ((task, candidate) for candidate in streamed(case, target))
     for case in REPEATED:
         task = Task(kind(case), (replace(case, batch=2),), torch.bfloat16, False, "cuda", target)
         for candidate in other_stages(*task.cases, torch.bfloat16, target):

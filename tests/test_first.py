@@ -65,6 +65,9 @@ def test_every_step_of_the_first_minutes_has_a_key_of_its_own(monkeypatch):
     keys = done.stdout.splitlines()
     assert len(keys) == len(set(keys))
     assert keys[0] == "ceilings"
+    # the MLP's weights streamed, which ships nowhere that its prediction is of
+    (streamed,) = (key for key in keys if "resident_programs=0" in key)
+    assert streamed.startswith("mlp small-stage1")
     for stage in range(1, 5):
         for direction in ("forward", "backward"):
             matching = [key for key in keys if f"stage{stage}" in key and direction in key]
