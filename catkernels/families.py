@@ -73,6 +73,7 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
     ),
     "cpsa, 2 to 16 patches": (
         CPSACase("2", 2, 7, 14, 40),
+        CPSACase("2, without biases", 2, 7, 14, 40, without=("qkv_bias", "proj_bias")),
         CPSACase("3, padded", 2, 20, 7, 17),
         CPSACase("4", 2, 14, 14, 384),
         CPSACase("4 of 8 x 8", 2, 16, 16, 32, patch_size=8),

@@ -90,7 +90,9 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, folded, bias, *arguments):
+    def forward(*inputs):
+        # by one name: PyTorch looks at the signature in every call
+        x, _, _, *arguments = inputs
         return torch.ops.catkernels.cpsa_forward(x, *arguments)
 
     @staticmethod
