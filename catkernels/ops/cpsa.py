@@ -78,7 +78,8 @@ def cpsa_attention(
         return torch.ops.catkernels.cpsa_forward(x, *weights, *problem)
     with torch.autocast(x.device.type, enabled=False):
         folded = fold_weights(qkv_weight, qkv_bias, proj_weight, scale)
-        bias = None if proj_bias is None else proj_bias.float()
+        # apart from the layer's own: what is compiled takes no tensor twice
+        bias = None if proj_bias is None else proj_bias.float().view_as(proj_bias)
     return _Attention.apply(x, folded, bias, *weights, *problem)
 
 
