@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -122,8 +123,12 @@ def test_random_shapes(dtype, device, full):
 )
 @pytest.mark.parametrize("case", [cpsa_case(14, 14, 64, batch=2), CPSA_PATCH_COUNTS[12]], ids=str)
 def test_weights_of_any_size(weight_std, case, device):
-    inputs = make_cpsa_inputs(case.shape, FP16, device, weight_std=weight_std)
-    check((case, inputs), grad_out=random_grad(case.shape, inputs["x"]) / 16)
+    # where large scores of two patches are nearly the same, rounding decides between them: it does
+    # so in few places, and in one draw plain PyTorch may be spared
+    draw = functools.partial(make_cpsa_inputs, case.shape, FP16, device, weight_std=weight_std)
+    inputs = [draw(seed=seed) for seed in range(6)]
+    grad = random_grad(case.shape, inputs[0]["x"]) / 16
+    check(*((case, drawn) for drawn in inputs), grad_out=grad)
 
 
 @pytest.mark.parametrize("case", [CPSA_PATCH_COUNTS[3], CPSA_PATCH_COUNTS[12]], ids=str)
