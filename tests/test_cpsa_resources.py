@@ -210,7 +210,8 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
             limit = {1: 96, 2: 96, 4: 96, 16: 112}.get(num_patches, 255)
             assert kernel["registers"] <= limit, message
         access = kernel["global_access"]
-        assert access["load128"] + access["store128"] >= (4 if num_patches == 1 else 8), message
+        whole = access.get("load128", 0) + access.get("store128", 0)
+        assert whole >= (4 if num_patches == 1 else 8), message
         assert not {"load16", "load8", "store16", "store8"} & set(access), message
         # tiles of fewer channels than 8, which more do not fit beside, move fewer bytes at a time
         narrow = num_patches > 16 or (num_patches == 16 and target != "sm_90" and backward)

@@ -133,7 +133,8 @@ def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     calls = every_operator(monkeypatch, launch)
     assert all(not made for _, made, _ in ran_on), "a CPU has no device to be made the current one"
     ran_on.clear()
-    modules = SimpleNamespace(device=made_current)
+    # newer versions of PyTorch ask whether fake tensors may be there
+    modules = SimpleNamespace(device=made_current, is_available=lambda: True)
     monkeypatch.setattr(torch, "get_device_module", lambda device: modules)
     second = torch.device("cuda", 1)
     with FakeTensorMode():
