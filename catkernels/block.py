@@ -21,11 +21,13 @@ from catkernels.modules import (
     ipsa_layer,
     projects_for_kernels,
 )
+from catkernels.ops.cpsa_residual import cpsa_residual
 from catkernels.ops.linear import add_branch, linear_residual, norm_linear_residual
 from catkernels.ops.norm import norm_residual
 from catkernels.parts import AttentionParts, BlockParts, MlpParts, map_size
 from catkernels.serving import (
     call_reasons,
+    cpsa_joined_reasons,
     drop_factor,
     mlp_together,
     norm_reasons,
@@ -172,8 +174,16 @@ class CATBlock(StandIn):
             attn=self.read_attention(),
             mlp=self.read_mlp(),
             drop_path=self.drop_path,
-            window=self.patch_size if self.attn_type == "ipsa" else None,
+            attn_type=self.attn_type,
+            patch_size=self.patch_size,
+            num_patches=self._num_patches(x),
         )
+
+    def _num_patches(self, x: Tensor) -> int:
+        """P of a map, or of tokens: two where they are of a map whose size is not known."""
+        if x.dim() == 4:
+            return reference.num_patches(x.shape[1], x.shape[2], self.patch_size)
+        return BlockParts.of(self).num_patches
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
@@ -205,6 +215,13 @@ class CATBlock(StandIn):
             x = reference.to_map(tokens, *size)
             if projects_for_kernels(parts, x, self.patch_size, self.backend):
                 return self._add_ipsa(tokens, size, parts, *parts.plain_layers)
+        if serves and parts is not None and parts.plain_layers and self.attn_type == "cpsa":
+            sizes = {
+                "patch_size": self.patch_size,
+                "num_patches": reference.num_patches(*size, self.patch_size),
+            }
+            if not cpsa_joined_reasons(self.norm1, parts, self.drop_path, tokens, **sizes):
+                return self._add_cpsa(tokens, size, parts, *parts.plain_layers)
         if serves and not norm_reasons(self.norm1, tokens):
             normed, tokens = norm_residual(tokens, self.norm1)
         else:
@@ -234,6 +251,22 @@ class CATBlock(StandIn):
             return self._add(tokens, parts.proj_drop(proj(attended)), serves=True)
         factor = drop_factor(self.drop_path, attended.dtype, tokens)
         return linear_residual(tokens, attended, proj.weight, proj.bias, factor)
+
+    def _add_cpsa(
+        self,
+        tokens: Tensor,
+        size: tuple[int, int],
+        parts: AttentionParts,
+        qkv: nn.Linear,
+        proj: nn.Linear,
+    ) -> Tensor:
+        """The same by CPSA's kernel, with the norm and the residual in it."""
+        x = reference.to_map(tokens, *size)
+        factor = drop_factor(self.drop_path, compute_dtype(x), x)
+        out = cpsa_residual(
+            x, self.norm1, qkv, proj, factor, patch_size=self.patch_size, scale=parts.scale
+        )
+        return out.flatten(1, 2)
 
     def _attend(self, x: Tensor, parts: AttentionParts | None) -> Tensor:
         """``attn`` of a map (B, H, W, C), which may be known to be nothing but its parts."""
