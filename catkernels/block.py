@@ -211,17 +211,13 @@ class CATBlock(StandIn):
         ):
             # before the norm complains in words of its own
             check_input(tokens, parts)
-        if serves and parts is not None and parts.plain_layers and self.attn_type == "ipsa":
-            x = reference.to_map(tokens, *size)
-            if projects_for_kernels(parts, x, self.patch_size, self.backend):
-                return self._add_ipsa(tokens, size, parts, *parts.plain_layers)
-        if serves and parts is not None and parts.plain_layers and self.attn_type == "cpsa":
-            sizes = {
-                "patch_size": self.patch_size,
-                "num_patches": reference.num_patches(*size, self.patch_size),
-            }
-            if not cpsa_joined_reasons(self.norm1, parts, self.drop_path, tokens, **sizes):
-                return self._add_cpsa(tokens, size, parts, *parts.plain_layers)
+        if serves and parts is not None and parts.plain_layers:
+            x, layers = reference.to_map(tokens, *size), parts.plain_layers
+            if self.attn_type == "ipsa":
+                if projects_for_kernels(parts, x, self.patch_size, self.backend):
+                    return self._add_ipsa(tokens, size, parts, *layers)
+            elif self._joins_cpsa(parts, x):
+                return self._add_cpsa(x, parts, *layers).flatten(1, 2)
         if serves and not norm_reasons(self.norm1, tokens):
             normed, tokens = norm_residual(tokens, self.norm1)
         else:
@@ -252,21 +248,18 @@ class CATBlock(StandIn):
         factor = drop_factor(self.drop_path, attended.dtype, tokens)
         return linear_residual(tokens, attended, proj.weight, proj.bias, factor)
 
+    def _joins_cpsa(self, parts: AttentionParts, x: Tensor) -> bool:
+        """Whether `_add_cpsa` serves a map (B, H, W, C)."""
+        sizes = {"patch_size": self.patch_size, "num_patches": self._num_patches(x)}
+        return not cpsa_joined_reasons(self.norm1, parts, self.drop_path, x, **sizes)
+
     def _add_cpsa(
-        self,
-        tokens: Tensor,
-        size: tuple[int, int],
-        parts: AttentionParts,
-        qkv: nn.Linear,
-        proj: nn.Linear,
+        self, x: Tensor, parts: AttentionParts, qkv: nn.Linear, proj: nn.Linear
     ) -> Tensor:
-        """The same by CPSA's kernel, with the norm and the residual in it."""
-        x = reference.to_map(tokens, *size)
+        """The same of a map (B, H, W, C) by CPSA's kernel, with the norm and residual in it."""
         factor = drop_factor(self.drop_path, compute_dtype(x), x)
-        out = cpsa_residual(
-            x, self.norm1, qkv, proj, factor, patch_size=self.patch_size, scale=parts.scale
-        )
-        return out.flatten(1, 2)
+        layers, side = (self.norm1, qkv, proj), self.patch_size
+        return cpsa_residual(x, *layers, factor, patch_size=side, scale=parts.scale)
 
     def _attend(self, x: Tensor, parts: AttentionParts | None) -> Tensor:
         """``attn`` of a map (B, H, W, C), which may be known to be nothing but its parts."""

@@ -33,7 +33,7 @@ def joined_reasons(
 
     Args:
         products: the dtype that the attention computes with.
-        parameters: the dtypes of the norm's and the attention's parameters.
+        parameters: the dtypes of the attention's parameters.
         channels: C, which the norm is over.
         num_patches: P, of the padded map.
     """
