@@ -244,13 +244,16 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
 def check_joined(configuration: Configuration, kernel: dict) -> None:
     """The bars of CPSA with its norm and residual, and of the norm's statistics."""
     message, target = f"{configuration}: {kernel}", configuration.target
-    # on Ampere two of 1300 instructions at 4 patches
-    assert kernel["stack_bytes"] <= (8 if target == "sm_80" else 0), message
     if kernel["kernel"] == "row_statistics_kernel":
-        assert kernel["matrix_products"] == kernel["spills"] == 0, message
+        assert kernel["matrix_products"] == kernel["stack_bytes"] == 0, message
         # a tile in flight for each of many programs
         assert kernel["registers"] <= 64, message
         return
+    # On Ampere two of 1300 instructions at 4 patches, and by Triton 3.6 a few where patches are
+    # missing, pixels as well, and the map is float32.
+    missing = configuration.autocast and configuration.padded and configuration.num_patches == 12
+    limit = 32 if missing else 8 if configuration.num_patches == 4 else 0
+    assert kernel["stack_bytes"] <= (limit if target == "sm_80" else 0), message
     assert kernel["matrix_products"] > 0, message
     if not target.startswith("sm_"):
         return
