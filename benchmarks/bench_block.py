@@ -67,7 +67,8 @@ class Part:
         self, make: Callable[[str, Shape], nn.Module], shape: Shape, inputs: Inputs
     ) -> tuple[nn.Module, list[Tensor]]:
         """A block with the very parameters of the inputs, and the maps."""
-        block = make(self.kind, shape).to(inputs["x"])
+        # what trains is known by its gradients, which the forward pass alone is timed without
+        block = make(self.kind, shape).to(inputs["x"]).eval()
         parameters = {name: tensor for name, tensor in inputs.items() if name not in self.maps}
         block.load_state_dict(parameters, strict=False, assign=True)
         return block, [inputs[name] for name in self.maps]

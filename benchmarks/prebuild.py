@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.candidates import Candidate, candidates, compile_candidate, looked_up
 from catkernels import families
-from catkernels.block_cases import MLPCase, ProjectionCase
+from catkernels.block_cases import JoinedCPSACase, MLPCase, ProjectionCase
 from catkernels.cases import CPSACase, IPSACase, cat_stages
 from catkernels.families import Case, Task
 from catkernels.pool import num_cores, run_apart
@@ -61,6 +61,7 @@ REPEATED = (
     MLPCase("stage 2", 32, 28, 28, 192),
     ProjectionCase("stage 1", 32, 56, 56, 96),
     ProjectionCase("stage 2", 32, 28, 28, 192),
+    JoinedCPSACase("stage 2", 32, 28, 28, 192),
 )
 
 
@@ -78,7 +79,7 @@ def fits(folder: Path) -> bool:
 
 
 def kind(case: Case) -> str:
-    """ "ipsa", "cpsa", "mlp" or "projection"."""
+    """ "ipsa", "cpsa", "mlp", "projection" or "joinedcpsa"."""
     return type(case).__name__.removesuffix("Case").lower()
 
 

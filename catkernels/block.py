@@ -21,11 +21,13 @@ from catkernels.modules import (
     ipsa_layer,
     projects_for_kernels,
 )
+from catkernels.ops.cpsa_residual import cpsa_residual
 from catkernels.ops.linear import add_branch, linear_residual, norm_linear_residual
 from catkernels.ops.norm import norm_residual
 from catkernels.parts import AttentionParts, BlockParts, MlpParts, map_size
 from catkernels.serving import (
     call_reasons,
+    cpsa_joined_reasons,
     drop_factor,
     mlp_together,
     norm_reasons,
@@ -172,8 +174,16 @@ class CATBlock(StandIn):
             attn=self.read_attention(),
             mlp=self.read_mlp(),
             drop_path=self.drop_path,
-            window=self.patch_size if self.attn_type == "ipsa" else None,
+            attn_type=self.attn_type,
+            patch_size=self.patch_size,
+            num_patches=self._num_patches(x),
         )
+
+    def _num_patches(self, x: Tensor) -> int:
+        """P of a map, or of tokens: two where they are of a map whose size is not known."""
+        if x.dim() == 4:
+            return reference.num_patches(x.shape[1], x.shape[2], self.patch_size)
+        return BlockParts.of(self).num_patches
 
     def _map_size(self, x: Tensor) -> tuple[int, int]:
         if x.dim() == 4:
@@ -201,10 +211,13 @@ class CATBlock(StandIn):
         ):
             # before the norm complains in words of its own
             check_input(tokens, parts)
-        if serves and parts is not None and parts.plain_layers and self.attn_type == "ipsa":
-            x = reference.to_map(tokens, *size)
-            if projects_for_kernels(parts, x, self.patch_size, self.backend):
-                return self._add_ipsa(tokens, size, parts, *parts.plain_layers)
+        if serves and parts is not None and parts.plain_layers:
+            x, layers = reference.to_map(tokens, *size), parts.plain_layers
+            if self.attn_type == "ipsa":
+                if projects_for_kernels(parts, x, self.patch_size, self.backend):
+                    return self._add_ipsa(tokens, size, parts, *layers)
+            elif self._joins_cpsa(parts, x):
+                return self._add_cpsa(x, parts, *layers).flatten(1, 2)
         if serves and not norm_reasons(self.norm1, tokens):
             normed, tokens = norm_residual(tokens, self.norm1)
         else:
@@ -234,6 +247,19 @@ class CATBlock(StandIn):
             return self._add(tokens, parts.proj_drop(proj(attended)), serves=True)
         factor = drop_factor(self.drop_path, attended.dtype, tokens)
         return linear_residual(tokens, attended, proj.weight, proj.bias, factor)
+
+    def _joins_cpsa(self, parts: AttentionParts, x: Tensor) -> bool:
+        """Whether `_add_cpsa` serves a map (B, H, W, C)."""
+        sizes = {"patch_size": self.patch_size, "num_patches": self._num_patches(x)}
+        return not cpsa_joined_reasons(self.norm1, parts, self.drop_path, x, **sizes)
+
+    def _add_cpsa(
+        self, x: Tensor, parts: AttentionParts, qkv: nn.Linear, proj: nn.Linear
+    ) -> Tensor:
+        """The same of a map (B, H, W, C) by CPSA's kernel, with the norm and residual in it."""
+        factor = drop_factor(self.drop_path, compute_dtype(x), x)
+        layers, side = (self.norm1, qkv, proj), self.patch_size
+        return cpsa_residual(x, *layers, factor, patch_size=side, scale=parts.scale)
 
     def _attend(self, x: Tensor, parts: AttentionParts | None) -> Tensor:
         """``attn`` of a map (B, H, W, C), which may be known to be nothing but its parts."""

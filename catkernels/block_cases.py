@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from catkernels import reference
 from catkernels.cases import Inputs, Shape, normal_numbers
-from catkernels.ops import linear, mlp, norm
+from catkernels.ops import cpsa_residual, linear, mlp, norm
 from catkernels.torch_state.precision import compute_dtype
+
+PATCH_SIZE = 7  # of CPSA's cases here
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,36 @@ class ProjectionCase(_RowsCase):
         )
 
 
+class JoinedCPSACase(_RowsCase):
+    """CPSA in patches of 7 x 7 with its norm and residual, which has no backward pass."""
+
+    @property
+    def layers(self) -> nn.Module:
+        return _JoinedCPSALayers(self.channels)
+
+    def specified(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """By PyTorch."""
+        norm_weight, norm_bias, *own = weights
+        with _autocast(x, weights):
+            normed = F.layer_norm(x, (self.channels,), norm_weight, norm_bias)
+            attended = reference.cpsa_attention(normed, *own, patch_size=PATCH_SIZE)
+            return x + self.dropped(cast(Tensor, attended))
+
+    def unsupported_reasons(
+        self, device: torch.device, dtype: torch.dtype, needs_grad: bool
+    ) -> list[str]:
+        reasons = super().unsupported_reasons(device, dtype, needs_grad)
+        if needs_grad:
+            reasons.append("CPSA joins its norm in inference alone")
+        return reasons + cpsa_residual.joined_reasons(
+            products=dtype,
+            parameters={dtype},
+            channels=self.channels,
+            patch_size=PATCH_SIZE,
+            num_patches=self.shape.num_patches,
+        )
+
+
 class NormCase(_RowsCase):
     """A norm with the residual around it, whose output PyTorch multiplies."""
 
@@ -182,6 +216,21 @@ class _ProjectionLayers(nn.Module):
         qkv, x = linear.norm_linear_residual(x, self.norm, self.qkv.weight, self.qkv.bias)
         attended = qkv.unflatten(-1, (3, -1)).sum(-2)
         return linear.linear_residual(x, attended, self.proj.weight, self.proj.bias, factor)
+
+
+class _JoinedCPSALayers(nn.Module):
+    """What `catkernels.ops.cpsa_residual` takes: a norm and two linear layers of patches."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        pixels = PATCH_SIZE**2
+        self.norm = nn.LayerNorm(channels, device="meta")
+        self.qkv = nn.Linear(pixels, 3 * pixels, device="meta")
+        self.proj = nn.Linear(pixels, pixels, device="meta")
+
+    def forward(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        layers, size = (self.norm, self.qkv, self.proj), PATCH_SIZE
+        return cpsa_residual.cpsa_residual(x, *layers, factor, patch_size=size, scale=1 / size)
 
 
 class _NormLayers(nn.Module):

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from catkernels.block_cases import MLPCase, NormCase, ProjectionCase
+from catkernels.block_cases import JoinedCPSACase, MLPCase, NormCase, ProjectionCase
 from catkernels.cases import CPSACase, Inputs, IPSACase, Shape, results
 from catkernels.torch_state.precision import allows_tf32
 
@@ -101,6 +101,14 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
         CPSACase("64", 1, 56, 56, 8, dropout_p=0.25),
         CPSACase("90", 1, 63, 70, 3, dropout_p=0.25),
     ),
+    "cpsa with norm and residual": (
+        JoinedCPSACase("1, padded", 4, 5, 7, 64),
+        JoinedCPSACase("2", 2, 7, 14, 96),
+        JoinedCPSACase("12, padded", 1, 27, 20, 192),
+        JoinedCPSACase("CAT-S, stage 2, 8 images", 8, 28, 28, 192),
+        JoinedCPSACase("CAT-S, stage 3, DropPath", 2, 14, 14, 384, drop_path=0.2),
+        JoinedCPSACase("CAT-S, stage 4", 2, 7, 7, 768),
+    ),
     "mlp": (
         MLPCase("32 channels", 2, 7, 9, 32),
         MLPCase("CAT-T, stage 1", 1, 56, 56, 64),
@@ -137,6 +145,12 @@ FAMILIES: dict[str, tuple[Case, ...]] = {
         MLPCase("CAT-S, stage 2", 2, 28, 28, 192, mixed=True, drop_path=0.2),
         MLPCase("CAT-S, stage 3", 2, 14, 14, 384, mixed=True, drop_path=0.2),
         MLPCase("CAT-S, stage 4", 2, 7, 7, 768, mixed=True, drop_path=0.2),
+    ),
+    "cpsa with norm and residual, map in float32": (
+        JoinedCPSACase("12, padded", 2, 27, 20, 192, mixed=True, drop_path=0.2),
+        JoinedCPSACase("stage 2", 2, 28, 28, 192, mixed=True, drop_path=0.2),
+        JoinedCPSACase("stage 3", 2, 14, 14, 384, mixed=True, drop_path=0.2),
+        JoinedCPSACase("stage 4", 2, 7, 7, 768, mixed=True, drop_path=0.2),
     ),
     "norm and projections, map in float32": (
         NormCase("norm, stage 1", 2, 56, 56, 96, mixed=True, drop_path=0.2),

@@ -6,6 +6,7 @@
 | MLP | GELU and its backward pass with fc1's bias, `split_mlp` | training, not compiled |
 | norms | the backward pass with the residual's gradient, `ops.norm` | training, not compiled |
 | norms | the cast to half precision | autocast |
+| CPSA | its norm and its residual: `ops.cpsa_residual` | inference, half precision, P <= 16 |
 | IPSA's qkv | norm and layer: `ops.linear.norm_linear_residual` | half precision, C <= 192 |
 | IPSA's proj | layer, residual: `ops.linear.linear_residual` | half precision, C <= 192 |
 | residuals | DropPath's factor and the sum, `ops.linear` | where norms or MLP are served |
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from catkernels.arguments import Backend
 from catkernels.layers import DropPath
-from catkernels.ops import ipsa, linear
+from catkernels.ops import cpsa_residual, ipsa, linear
 from catkernels.ops import mlp as mlps
 from catkernels.ops import norm as norms
 from catkernels.ops.operator import needs_grad
@@ -94,6 +95,50 @@ def proj_reasons(
     return reasons + _joined_reasons("proj", proj, x, channels=0)
 
 
+def cpsa_joined_reasons(
+    norm: nn.Module,
+    attn: AttentionParts | None,
+    drop_path: nn.Module,
+    x: Tensor,
+    *,
+    patch_size: int,
+    num_patches: int,
+) -> list[str]:
+    """Why ``x + drop_path(attn(norm(x)))`` of a CPSA is not CPSA's kernel with the norm in it.
+
+    Args:
+        attn: None where its call may do more than its parts.
+        num_patches: P, of the padded map.
+    """
+    if attn is None:
+        return ["the attention is called itself"]
+    if attn.plain_layers is None:
+        return ["qkv or proj is no plain nn.Linear, or carries hooks or parametrisations"]
+    qkv, proj = attn.plain_layers
+    parameters = _parameters(qkv) + _parameters(proj)
+    reasons = cpsa_residual.joined_reasons(
+        products=compute_dtype(x),
+        parameters={parameter.dtype for parameter in parameters},
+        channels=x.shape[-1],
+        patch_size=patch_size,
+        num_patches=num_patches,
+    )
+    if _trains(norm, x) or qkv.training or needs_grad(*parameters):
+        reasons.append("CPSA joins its norm in inference alone: what that gives is to be kept")
+    if reasons:
+        # this is a part of every call
+        return reasons
+    pixels = patch_size**2
+    if qkv.weight.shape != (3 * pixels, pixels) or proj.weight.shape != (pixels, pixels):
+        reasons.append("qkv or proj is a layer of other patches")
+    if any(parameter.device != x.device for parameter in parameters):
+        reasons.append("qkv or proj is on another device")
+    if attn.dropout_p or attn.drops_output:
+        reasons.append("the attention drops values")
+    reasons += _parameter_reasons(parameters, x)
+    return reasons + _plain_norm_reasons(norm, x) + drop_path_reasons(drop_path)
+
+
 def mlp_together(
     norm: nn.Module, mlp: MlpParts, drop_path: nn.Module, x: Tensor
 ) -> Callable[..., Tensor] | None:
@@ -145,24 +190,30 @@ def unserved_parts(
     attn: AttentionParts | None,
     mlp: MlpParts | None,
     drop_path: nn.Module,
-    window: int | None,
+    attn_type: str,
+    patch_size: int,
+    num_patches: int,
 ) -> dict[str, list[str]]:
     """Why kernels do not serve the parts of a block; no reason where they do.
 
     Args:
         attn, mlp: None where their calls may do more than their parts.
-        window: N of an IPSA block. None: CPSA's ``qkv`` and ``proj`` are parts of its kernels.
+        attn_type: "ipsa" or "cpsa", whose ``qkv`` and ``proj`` are parts of its kernels.
     """
-    parts = ["norms", "MLP"] if window is None else ["norms", "MLP", "projections"]
+    parts = ["norms", "MLP", "projections"] if attn_type == "ipsa" else ["norms", "MLP"]
     if whole := call_reasons(x, backend):
         return dict.fromkeys(parts, whole)
     of_norm1, of_norm2 = norm_reasons(norm1, x), norm_reasons(norm2, x)
     of_projections: list[str] = []
-    if window is not None:
-        of_qkv, of_proj = _projection_reasons(norm1, attn, window, drop_path, x)
+    if attn_type == "ipsa":
+        of_qkv, of_proj = _projection_reasons(norm1, attn, patch_size, drop_path, x)
         of_projections = [*of_qkv, *of_proj]
         # what computes qkv norms as well, and so does what computes an MLP
         of_norm1 = of_norm1 if of_qkv else []
+    elif of_norm1:
+        sizes = {"patch_size": patch_size, "num_patches": num_patches}
+        of_joined = cpsa_joined_reasons(norm1, attn, drop_path, x, **sizes)
+        of_norm1 = [*of_norm1, *of_joined] if of_joined else []
     of_mlp = _joined_mlp_reasons(norm2, mlp, drop_path, x)
     if not of_mlp:
         fused, split = _fused_mlp_reasons(mlp, x), _split_mlp_reasons(norm2, x)

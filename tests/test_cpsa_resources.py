@@ -31,6 +31,7 @@ SIZES = {
     1: (1, 1, 768),
     2: (1, 2, 384),
     4: (2, 2, 384),
+    12: (3, 4, 192),
     16: (4, 4, 192),
     25: (5, 5, 384),
     49: (7, 7, 96),
@@ -54,12 +55,13 @@ class Configuration:
     pixel: bool = False  # maps of 1 x 1
     wide: bool = False  # offsets of 64 bits
     folds: bool = False  # with the kernel that folds the weights, the same for all sizes of maps
+    joined: bool = False  # forward alone, with the norm and the residual
     two_stages: bool = False  # a planted fault: as no launch ships
     batch: int = 64
 
     def __str__(self) -> str:
         flags = ("autocast", "padded", "dropout", "least_dropout", "single", "pixel", "wide")
-        flags += ("folds", "two_stages")
+        flags += ("folds", "joined", "two_stages")
         words = [self.target, f"P{self.num_patches}", self.precision]
         words += [flag for flag in flags if getattr(self, flag)]
         return "-".join(words if self.batch == 64 else [*words, f"batch{self.batch}"])
@@ -67,8 +69,9 @@ class Configuration:
     def compile(self) -> list[dict]:
         """What the kernels of the attention itself need; of another batch, all kernels."""
         from catkernels.kernels.cpsa.backward import cpsa_backward
-        from catkernels.kernels.cpsa.forward import cpsa_forward
+        from catkernels.kernels.cpsa.forward import cpsa_forward, cpsa_residual
         from catkernels.kernels.cpsa.launch import FlashLaunch, Problem
+        from catkernels.kernels.dense.norm import row_statistics
         from catkernels.kernels.launch import overriding
 
         def two_stages(table, problem, launch):
@@ -99,7 +102,15 @@ class Configuration:
                 stack.enter_context(overriding(two_stages))
             compiled = stack.enter_context(compiling_for(self.target))
             out = meta(*size, dtype=dtype)
-            cpsa_forward(x, *weights, seed, out, 7, 1 / 7, dropout_p)
+            if self.joined:
+                statistics, norm = meta(*size[:3], 2), [meta(channels, dtype=x.dtype)] * 2
+                factor, residual = meta(batch, dtype=dtype), torch.empty_like(x)
+                row_statistics(x, statistics, 1e-5)
+                arguments = (statistics, *norm, *weights, factor, residual, 7, 1 / 7, dtype)
+                cpsa_residual(x, *arguments)
+                has_backward = False
+            else:
+                cpsa_forward(x, *weights, seed, out, 7, 1 / 7, dropout_p)
             if has_backward:
                 grads = (torch.empty_like(t) for t in (x, folded, bias))
                 cpsa_backward(out, x, folded, seed, *grads, 7, dropout_p)
@@ -134,6 +145,14 @@ def shipped() -> Iterator[Configuration]:
         yield Configuration("sm_90", num_patches, dropout=True)
     for target in ("sm_86", "sm_89", "sm_120", "gfx90a"):
         yield Configuration(target, 4)
+    for target in ("sm_90", "sm_80", "sm_100", "gfx942"):
+        for num_patches in (1, 4, 16):
+            for autocast in (False, True):
+                yield Configuration(target, num_patches, autocast=autocast, joined=True)
+        for num_patches in (12, 16):
+            yield Configuration(target, num_patches, autocast=True, padded=True, joined=True)
+        yield Configuration(target, 16, padded=True, joined=True)
+        yield Configuration(target, 16, "fp16", joined=True)
     for target in ("sm_80", "sm_86", "sm_90"):
         yield from (Configuration(target, patches, "tf32") for patches in (1, 16, 64, 361))
     for target in ("sm_80", "sm_90"):
@@ -153,6 +172,8 @@ SAMPLE = [
     Configuration("sm_100", 16),
     Configuration("gfx942", 1),
     Configuration("sm_90", 1, single=True),
+    Configuration("sm_90", 16, joined=True),
+    Configuration("sm_90", 12, autocast=True, padded=True, joined=True),
     *(Configuration("sm_90", 1, autocast=autocast, folds=True) for autocast in (False, True)),
 ]
 # each a first call, if anything of a batch took part in what is compiled
@@ -160,7 +181,7 @@ BATCHES = [
     Configuration("sm_90", num_patches, batch=batch)
     for num_patches in (4, 361)
     for batch in (1, 2, 3, 16, 200, 256)
-]
+] + [Configuration("sm_90", 4, joined=True, batch=batch) for batch in (1, 16, 200)]
 TWO_STAGES = Configuration("sm_90", 361, two_stages=True)
 COMPILABLE = SHIPPED | {
     str(configuration): configuration for configuration in [*BATCHES, TWO_STAGES]
@@ -182,6 +203,9 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         assert kernel["shared_bytes"] <= min(TARGETS[target][-1], 99 * 1024), message
         # a kernel that compiled to a trap has a handful of instructions
         assert kernel["instructions"] >= 150, message
+        if configuration.joined:
+            check_joined(configuration, kernel)
+            continue
         if name == "cpsa_fold_weights_kernel":
             # no product instruction, which might round factors, and code that is soon compiled
             assert kernel["matrix_products"] == kernel["stack_bytes"] == 0, message
@@ -216,6 +240,35 @@ def check(configuration: Configuration, kernels: list[dict]) -> None:
         # tiles of fewer channels than 8, which more do not fit beside, move fewer bytes at a time
         narrow = num_patches > 16 or (num_patches == 16 and target != "sm_90" and backward)
         assert narrow or "map" not in name or "store64" not in access, message
+
+
+def check_joined(configuration: Configuration, kernel: dict) -> None:
+    """The bars of CPSA with its norm and residual, and of the norm's statistics."""
+    message, target = f"{configuration}: {kernel}", configuration.target
+    if kernel["kernel"] == "row_statistics_kernel":
+        assert kernel["matrix_products"] == kernel["stack_bytes"] == 0, message
+        # a tile in flight for each of many programs
+        assert kernel["registers"] <= 64, message
+        return
+    # On Ampere two of 1300 instructions at 4 patches, and by Triton 3.6 a few where patches are
+    # missing, pixels as well, and the map is float32.
+    missing = configuration.autocast and configuration.padded and configuration.num_patches == 12
+    limit = 32 if missing else 8 if configuration.num_patches == 4 else 0
+    assert kernel["stack_bytes"] <= (limit if target == "sm_80" else 0), message
+    assert kernel["matrix_products"] > 0, message
+    if not target.startswith("sm_"):
+        return
+    assert kernel["shared_bytes"] <= 49 * 1024, message
+    if target != "sm_80":
+        # four programs share a multiprocessor, and three where a map in float32 is padded
+        limit = 168 if configuration.autocast else 128
+        assert kernel["registers"] <= limit, message
+    access = kernel["global_access"]
+    # the map by 16 bytes, twice, and the factor, a number
+    assert access["load128"] >= 12, message
+    assert access["store128"] >= 4, message
+    assert not {"load8", "store16", "store8"} & set(access), message
+    assert access["load16"] == 1, message
 
 
 def check_fetches_ahead(forward: dict) -> None:
@@ -264,7 +317,8 @@ def test_compiles_once_for_any_batch(sampled):
     assert {name: len(hashes) for name, hashes in compilations.items()} == {
         "cpsa_fold_weights_kernel": 1,
         "cpsa_prepare_weights_kernel": 1,
-        "cpsa_map_forward_kernel": 1,
+        "cpsa_map_forward_kernel": 2,  # alone and joined
+        "row_statistics_kernel": 1,
         "cpsa_map_backward_kernel": 1,
         "cpsa_copy_tokens_kernel": 2,  # to tokens and back
         "cpsa_flash_forward_kernel": 1,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from catkernels import families
-from catkernels.block_cases import MLPCase, NormCase, ProjectionCase
+from catkernels.block_cases import JoinedCPSACase, MLPCase, NormCase, ProjectionCase
 from catkernels.cat import VARIANTS
 from catkernels.commands import check
 
@@ -19,7 +19,8 @@ def test_every_call_has_a_name_of_its_own_and_is_one_that_kernels_serve(family, 
     names = [case.name for case in cases]
     assert len(set(names)) == len(names)
     for case in cases:
-        assert not case.unsupported_reasons(torch.device("cuda"), torch.float16, needs_grad=True)
+        needs_grad = not isinstance(case, JoinedCPSACase)
+        assert not case.unsupported_reasons(torch.device("cuda"), torch.float16, needs_grad)
 
 
 def test_of_float32_alone_nothing_is_mixed():
@@ -68,6 +69,14 @@ def test_projections_by_the_kernels_are_what_they_are_said_to_be(mixed, device, 
     case = ProjectionCase("rows that fill no tile", 2, 3, 7, 32, mixed, 0.2 * mixed)
     judged(case, torch.float16, device)
     assert launches["norm_linear_kernel"] == launches["linear_residual_kernel"] == 2
+    assert case.unsupported_reasons(device, torch.float32, needs_grad=False)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_joined_cpsa_by_the_kernels_is_what_it_is_said_to_be(mixed, device, launches):
+    case = JoinedCPSACase("padded", 2, 5, 7, 32, mixed, 0.2 * mixed)
+    judged(case, torch.float16, device)
+    assert launches["row_statistics_kernel"] == launches["cpsa_map_forward_kernel"] == 2
     assert case.unsupported_reasons(device, torch.float32, needs_grad=False)
 
 

@@ -175,6 +175,10 @@ def _backward_outputs(grad, x, folded, seed, patch_size, dropout_p, needs_x, nee
 def _forward_flops(
     x_shape, qkv_shape, qkv_bias, proj_shape, proj_bias, seed, patch_size, *arguments, **_
 ) -> int:
+    return forward_flops(x_shape, patch_size)
+
+
+def forward_flops(x_shape: torch.Size, patch_size: int) -> int:
     """Queries, scores, their products with the tokens, and outputs; of one patch, outputs only.
 
     The fold is left out: it is the same for a map of any size.

@@ -5,6 +5,9 @@ A tile holds 64 tokens: all the patches of one channel, or of several that atten
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +19,7 @@ from catkernels.kernels.cpsa.map_tiles import (
     ROWS,
     from_groups,
     map_tile,
+    normed_tile,
     put_group,
     tile_dropout,
     tile_query,
@@ -43,7 +47,12 @@ def cpsa_map_forward_kernel(
     matrices_ptr,
     constants_ptr,
     seed_ptr,
+    statistics_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    factor_ptr,
     out_ptr,
+    statistics_stride,
     height,
     width,
     num_patches,
@@ -62,6 +71,9 @@ def cpsa_map_forward_kernel(
     """out = softmax(x A x^T) x M of some channels of an image; x has coordinates that are 1.
 
     With dropout M's constant is Wp bv, which is dropped with the values; the bias is added.
+
+    Given the mean and inverse deviation of each pixel (B, H, W, 2), x is the map after its layer
+    norm, and the map itself is added: ``map + factor out``, with a factor for each image.
 
     Grid: (images * blocks of channels,)
     Writes: out_ptr (B, H, W, C).
@@ -88,7 +100,24 @@ def cpsa_map_forward_kernel(
         PADDED,
         WIDE,
     )
-    x = tl.load(x_ptr + image_start + offset, mask=inside, other=0.0).to(dtype)
+    x = tl.load(x_ptr + image_start + offset, mask=inside, other=0.0)
+    if statistics_ptr is not None:
+        image_statistics = statistics_ptr + tl.cast(image, tl.int64) * height * width * 2
+        x = normed_tile(
+            x,
+            inside,
+            (image_statistics, norm_weight_ptr, norm_bias_ptr, statistics_stride),
+            (height, width, num_patches),
+            first_channel,
+            PATCHES_HIGH,
+            PATCHES_LOW,
+            BLOCK_C,
+            CHANNELS,
+            PATCH,
+            FULL,
+            PADDED,
+        )
+    x = x.to(dtype)
     score_scale = tl.load(constants_ptr + SCORE_SCALE)
     value_scale = tl.load(constants_ptr + VALUE_SCALE)
     # [PIXELS, PIXELS]
@@ -97,7 +126,7 @@ def cpsa_map_forward_kernel(
     # GROUPS times [ROWS, PIXELS]
     groups = to_groups(with_ones(x, BLOCK_C), GROUPS, PATCHES_HIGH, PATCHES_LOW)
     # [GROUPS, ROWS, PIXELS]
-    out = tl.zeros((GROUPS, ROWS, PIXELS), out_ptr.dtype.element_ty)
+    out = tl.zeros((GROUPS, ROWS, PIXELS), dtype)
     for group in tl.static_range(GROUPS):
         tokens = groups[group]
         factor = tile_dropout(dropout, image, first_channel + group * (ROWS // PATCHES), PATCHES)
@@ -116,7 +145,26 @@ def cpsa_map_forward_kernel(
             group_out += load_constants(constants_ptr + BIAS)
         out = put_group(out, group_out, group)
     out = from_groups(out, GROUPS, PATCHES_HIGH, PATCHES_LOW)
+    if statistics_ptr is not None:
+        out = out.to(tl.float32)
+        if factor_ptr is not None:
+            out *= tl.load(factor_ptr + image).to(tl.float32)
+        # from the second-level cache, by another eviction policy: it was not held meanwhile
+        again = tl.load(
+            x_ptr + image_start + offset, mask=inside, other=0.0, eviction_policy="evict_first"
+        )
+        out = (out + again.to(tl.float32)).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + image_start + offset, out, mask=inside)
+
+
+# Around the attention are neither norm nor residual.
+ALONE = {
+    "statistics_ptr": None,
+    "norm_weight_ptr": None,
+    "norm_bias_ptr": None,
+    "factor_ptr": None,
+    "statistics_stride": None,
+}
 
 
 def cpsa_forward(
@@ -141,26 +189,81 @@ def cpsa_forward(
     """
     with on_device(x.device):
         problem = Problem.of(x, out.dtype, patch_size, dropout_p)
-        value_rows = "out" if seed is None else "values"
         weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
-        matrices, constants = fold_weights(*weights, scale, patch_size, out.dtype, value_rows)
-        attention = {
-            "matrices_ptr": matrices,
-            "constants_ptr": constants,
-            "seed_ptr": seed,
-            **problem.attention_arguments(),
-        }
+        attention = _attention_arguments(problem, weights, scale, seed)
         if route(problem, backward=False) == "flash":
             tokens = to_tokens(x, problem)
             from_tokens(flash_forward(tokens, problem, attention), problem, out)
             return
-        launch = launched_as(forward_launch, problem)
-        blocks = triton.cdiv(problem.channels, launch.block_c)
-        cpsa_map_forward_kernel[(problem.batch * blocks,)](
-            x_ptr=x,
-            out_ptr=out,
-            **problem.map_arguments(),
-            FULL=problem.fills_tiles,
-            **attention,
-            **launch.constants(),
-        )
+        _launch_on_map(x, out, problem, attention, ALONE)
+
+
+def cpsa_residual(
+    x: Tensor,
+    statistics: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    factor: Tensor | None,
+    out: Tensor,
+    patch_size: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> None:
+    """``x + factor CPSA(norm(x))``, for up to 64 patches. All tensors are contiguous.
+
+    Args:
+        x: map (B, H, W, C), of any floating dtype.
+        statistics: float32 (B, H, W, 2), of `catkernels.kernels.dense.norm.row_statistics`.
+        norm_weight, norm_bias: (C,); no bias is zeros.
+        qkv_weight, qkv_bias, proj_weight, proj_bias: each of any floating dtype up to float32.
+        factor: (B,), what each image's branch is multiplied with, or None.
+        out: written; like x.
+        dtype: of the products.
+    """
+    with on_device(x.device):
+        problem = Problem.of(x, dtype, patch_size, dropout_p=0.0)
+        weights = (qkv_weight, qkv_bias, proj_weight, proj_bias)
+        attention = _attention_arguments(problem, weights, scale, seed=None)
+        around = {
+            "statistics_ptr": statistics,
+            "norm_weight_ptr": norm_weight,
+            "norm_bias_ptr": norm_bias,
+            "factor_ptr": factor,
+            "statistics_stride": 2,
+        }
+        _launch_on_map(x, out, problem, attention, around)
+
+
+def _attention_arguments(
+    problem: Problem, weights: tuple[Tensor | None, ...], scale: float, seed: Tensor | None
+) -> dict[str, Any]:
+    """What kernels are given to attend with these weights, which are folded for them."""
+    sizes = (scale, problem.patch_size, problem.dtype)
+    matrices, constants = fold_weights(*weights, *sizes, "out" if seed is None else "values")
+    return {
+        "matrices_ptr": matrices,
+        "constants_ptr": constants,
+        "seed_ptr": seed,
+        **problem.attention_arguments(),
+    }
+
+
+def _launch_on_map(
+    x: Tensor, out: Tensor, problem: Problem, attention: dict[str, Any], around: dict[str, Any]
+) -> None:
+    """Launch `cpsa_map_forward_kernel`; ``around`` is the norm and the residual, or `ALONE`."""
+    launch = launched_as(forward_launch, problem)
+    blocks = triton.cdiv(problem.channels, launch.block_c)
+    cpsa_map_forward_kernel[(problem.batch * blocks,)](
+        x_ptr=x,
+        out_ptr=out,
+        **problem.map_arguments(),
+        FULL=problem.fills_tiles,
+        **attention,
+        **around,
+        **launch.constants(),
+    )

@@ -60,6 +60,49 @@ def map_tile(
 
 
 @triton.jit
+def normed_tile(
+    tile,
+    inside,
+    norm,
+    map_size,
+    first_channel,
+    PATCHES_HIGH: tl.constexpr,
+    PATCHES_LOW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    FULL: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The layer norm of a map tile from its first patch on, in float32; zero where no pixel is.
+
+    ``norm`` is the pointers to the image's means and inverse deviations (H, W, 2), to the weight
+    and to the bias, and the 2: known at run time only, it keeps Triton from giving a thread the
+    statistics of neighbours, whose layout is not the tile's.
+    """
+    statistics_ptr, weight_ptr, bias_ptr, stride = norm
+    # a map of one channel, the pixels
+    pixel, real = map_tile(
+        map_size, 0, 0, PATCHES_HIGH, PATCHES_LOW, 1, 1, PATCH, FULL, PADDED, False
+    )
+    # [PATCHES_HIGH * GRID, PATCHES_LOW * GRID]
+    mean = tl.load(statistics_ptr + pixel * stride, mask=real, other=0.0)
+    rstd = tl.load(statistics_ptr + pixel * stride + 1, mask=real, other=0.0)
+    channel = first_channel + tl.arange(0, BLOCK_C)
+    is_channel = channel < CHANNELS
+    # [BLOCK_C]
+    weight = tl.load(weight_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    # [PATCHES_HIGH * GRID, PATCHES_LOW * GRID, BLOCK_C]
+    x = tl.reshape(tile, (PATCHES_HIGH * GRID, PATCHES_LOW * GRID, BLOCK_C)).to(tl.float32)
+    normed = (x - mean[:, :, None]) * rstd[:, :, None] * weight[None, None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+        normed += bias[None, None, :]
+    # padding follows the norm: it is zero, and not the norm of zeros
+    return tl.where(inside, tl.reshape(normed, tile.shape), 0.0)
+
+
+@triton.jit
 def with_ones(tile, BLOCK_C: tl.constexpr):
     """A map tile whose tokens are 1 at the coordinates (x 7, y 6) and (x 7, y 7)."""
     x = tl.arange(0, tile.shape[0])[:, None] % GRID

@@ -25,6 +25,7 @@ COUNTS = [
     "num_sequences",
     "num_tiles",
     "drop_threshold",
+    "statistics_stride",
 ]
 
 

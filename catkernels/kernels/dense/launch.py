@@ -37,6 +37,11 @@ class LimitedLaunch(Launch):
         return {**limit, **super().constants()}
 
 
+def wide_piece(channels: int) -> int:
+    """The first piece of a row: the largest power of two that is no more than its channels."""
+    return 1 << channels.bit_length() - 1
+
+
 # A norm's tile has 16 values a thread, which leaves 128 registers enough and so room for 4 programs
 # a processor: the 48 KiB that they fetch at once keep an H100's memory busy.
 NORM_TILE = 2048
@@ -68,6 +73,11 @@ class NormProblem(Problem):
     @property
     def block_c(self) -> int:
         return next_power_of_2(self.channels)
+
+    @property
+    def wide(self) -> int:
+        """The channels of the first piece, where rows are held as pieces (`rows`)."""
+        return wide_piece(self.channels)
 
     def arguments(self, eps: float) -> dict[str, int | float]:
         """The arguments by value and the constants that both kernels take."""
@@ -174,7 +184,7 @@ class RowsProblem(Problem):
         """What all kernels of such rows are compiled for."""
         return {
             "C": self.channels,
-            "WIDE": 1 << self.channels.bit_length() - 1,
+            "WIDE": wide_piece(self.channels),
             "PRECISION": self.precision,
         }
 

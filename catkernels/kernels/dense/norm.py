@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from catkernels.kernels.dense.launch import COUNTS, NORM_PROGRAMS, NormProblem, norm_launch
+from catkernels.kernels.dense.rows import load_rows, row_channels
+from catkernels.kernels.dense.rows import row_statistics as statistics_of_rows
 from catkernels.kernels.launch import launched_as, on_device
 from catkernels.kernels.tiles import chunk_bounds
 
@@ -36,6 +38,30 @@ def norm_forward_kernel(
     if bias_ptr is not None:
         y += _channel_values(bias_ptr, channel, is_channel)
     tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def row_statistics_kernel(
+    x_ptr,
+    statistics_ptr,
+    num_rows,
+    eps,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """``mean`` and ``1 / sqrt(var + eps)`` of each row, for what norms where it reads.
+
+    Grid: (tiles of ROWS rows,).
+    Writes: statistics (rows, 2), float32.
+    """
+    channels = row_channels(C, WIDE)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    # [ROWS]
+    mean, rstd = statistics_of_rows(load_rows(x_ptr, row, inside, channels, C), eps, C)
+    tl.store(statistics_ptr + row * 2, mean, mask=inside)
+    tl.store(statistics_ptr + row * 2 + 1, rstd, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -135,6 +161,27 @@ def norm_forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, ep
         launch = launched_as(norm_launch, problem)
         norm_forward_kernel[(triton.cdiv(problem.num_rows, launch.rows),)](
             x, weight, bias, out, **problem.arguments(eps), **launch.constants()
+        )
+
+
+def row_statistics(x: Tensor, statistics: Tensor, eps: float) -> None:
+    """Launch `row_statistics_kernel`. Both tensors are contiguous.
+
+    Args:
+        x: (.., C), float32, float16 or bfloat16; C is the sum of two powers of two, or one.
+        statistics: written; (.., 2), float32.
+    """
+    with on_device(x.device):
+        problem = NormProblem.of(x)
+        launch = launched_as(norm_launch, problem)
+        row_statistics_kernel[(triton.cdiv(problem.num_rows, launch.rows),)](
+            x,
+            statistics,
+            problem.num_rows,
+            eps,
+            C=problem.channels,
+            WIDE=problem.wide,
+            **launch.constants(),
         )
 
 
