@@ -131,7 +131,20 @@ def compare_with_record(name: str, results: dict[object, list[dict]]) -> None:
     if not path.exists():
         pytest.skip(f"the bars hold; nothing to compare with: tests/data has no {path.name}")
     with path.open(newline="") as file:
-        assert list(csv.reader(file)) == list(_table(results))
+        for recorded, found in zip(csv.reader(file), _table(results), strict=True):
+            assert recorded == found or _is_near(recorded, found), f"{found}, not {recorded}"
+
+
+def _is_near(recorded: list[str], found: list[str]) -> bool:
+    """Whether two rows differ in the number of instructions alone, by 1 % at most.
+
+    Of the very same PTX ptxas now and then makes some more or fewer: 2520 or 2528.
+    """
+    place = 2 + COLUMNS.index("instructions")
+    (*ours, count), (*theirs, other) = (
+        [*row[:place], *row[place + 1 :], row[place]] for row in (recorded, found)
+    )
+    return ours == theirs and abs(int(count) - int(other)) <= 0.01 * int(count)
 
 
 def _record_path(name: str) -> Path:
