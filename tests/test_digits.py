@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
+import cpuinfo
 import matplotlib.image
 import pytest
 import torch
@@ -47,6 +48,10 @@ def test_the_weights_are_of_the_recipe_that_is_documented(header):
 def test_the_documented_command_makes_the_weights_bit_for_bit(header, tmp_path):
     if header["made_with"] != made_with():
         pytest.skip(f"the weights were made with {header['made_with']}, this is {made_with()}")
+    processor = cpuinfo.get_cpu_info()
+    if processor["vendor_id_raw"] != "GenuineIntel":
+        brand = processor["brand_raw"]
+        pytest.skip(f"the weights were made on an Intel Xeon; {brand} adds in another order")
     assert main(["train", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS.read_bytes()
 
