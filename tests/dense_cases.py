@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from catkernels import CATBlock
 from catkernels.accuracy import assert_within_error_budget
+from catkernels.torch_state.precision import compute_dtype
 
 # What of half a block is computed: (its modules, x) -> a tensor, or several.
 Call = Callable[[nn.ModuleDict, Tensor], Tensor | tuple[Tensor, ...]]
@@ -41,6 +42,9 @@ AUTOCAST_FLOAT16 = Mode("autocast-float16", torch.float32, torch.float16)
 MODES = [FLOAT32, BFLOAT16, AUTOCAST]
 MORE_MODES = [FLOAT16, AUTOCAST_FLOAT16]
 
+# DropPath's, of each image: the first one's branch is dropped.
+FACTORS = torch.tensor([0.0, 1.25, 1.25])
+
 
 def sampled(plain: list, more: list) -> list:
     """Parameters of a test: those of a plain run, and more of them for a full one."""
@@ -68,6 +72,21 @@ def half_block(channels: int, hidden: int = 0, seed: int = 0) -> nn.ModuleDict:
             else:
                 parameter.mul_(1.5 * parameter.shape[1] ** -0.5)
     return modules
+
+
+def without(name: str) -> Callable[[nn.ModuleDict], None]:
+    """A change that takes a parameter away from half a block."""
+
+    def change(modules: nn.ModuleDict) -> None:
+        layer, parameter = name.split(".")
+        modules[layer].register_parameter(parameter, None)
+
+    return change
+
+
+def factors(x: Tensor) -> Tensor:
+    """`FACTORS` for the images of ``x``, in the dtype of a branch."""
+    return FACTORS[: len(x)].to(x.device, compute_dtype(x))
 
 
 def seeded(block: CATBlock, x: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ import torch
 from dense_cases import (
     AUTOCAST,
     BFLOAT16,
+    FACTORS,
     FLOAT32,
     MODES,
     MORE_MODES,
     assert_right,
+    factors,
     half_block,
     results,
     rows,
     sampled,
+    without,
 )
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,12 +29,9 @@ from catkernels.ops.linear import (
     norm_linear_residual,
     per_image,
 )
-from catkernels.torch_state.precision import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
 
-# The first image's branch is dropped.
-FACTORS = torch.tensor([0.0, 1.25, 1.25])
 # Rows that fill no tile, and of several images; the first have two tiles.
 SHAPES = [(3, 45, 32), (3, 5, 5, 96)]
 MORE_SHAPES = [(3, 45, 64), (2, 30, 128), (3, 43, 192)]
@@ -41,10 +41,6 @@ MORE_HALF_MODES = [mode for mode in MORE_MODES if mode.products != torch.float32
 
 def weights(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias
-
-
-def factors(x: Tensor) -> Tensor:
-    return FACTORS[: len(x)].to(x.device, compute_dtype(x))
 
 
 def projection(modules, x):
@@ -89,14 +85,6 @@ def test_a_norm_beside_pytorchs_product(shape, mode, device, launches):
     modules = half_block(shape[-1], hidden=24)
     assert_right(projection, official_projection, modules, rows(*shape).to(device), mode)
     assert launches["norm_forward_kernel"] == 1
-
-
-def without(name: str):
-    def change(modules: nn.ModuleDict) -> None:
-        layer, parameter = name.split(".")
-        modules[layer].register_parameter(parameter, None)
-
-    return change
 
 
 CHANGES = {

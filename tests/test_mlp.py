@@ -7,39 +7,35 @@ import torch
 from dense_cases import (
     AUTOCAST,
     BFLOAT16,
+    FACTORS,
     FLOAT16,
     FLOAT32,
     MODES,
     MORE_MODES,
     assert_right,
+    factors,
     half_block,
     results,
     rows,
     sampled,
+    without,
 )
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from catkernels.ops.linear import per_image
 from catkernels.ops.mlp import bias_gelu, fused_mlp, fused_reasons, split_mlp
-from catkernels.torch_state.precision import compute_dtype
 
 pytestmark = pytest.mark.usefixtures("round_to_nearest_bf16", "poisoned_memory", "launches")
 
-# The first image's branch is dropped.
-FACTORS = torch.tensor([0.0, 1.25, 1.25])
 # Rows that fill no tile, and of several images.
 SHAPES = [(3, 25, 32), (3, 5, 5, 96)]
 MORE_SHAPES = [(3, 45, 64), (3, 30, 128), (3, 23, 192)]
 CALLS = {"one kernel": fused_mlp, "between products": split_mlp}
 
 
-def factors(x: Tensor, dropped: bool) -> Tensor | None:
-    return FACTORS[: len(x)].to(x.device, compute_dtype(x)) if dropped else None
-
-
 def ours(call, dropped=True):
-    return lambda modules, x: call(x, *modules.values(), factors(x, dropped))
+    return lambda modules, x: call(x, *modules.values(), factors(x) if dropped else None)
 
 
 def official(dropped=True):
@@ -48,8 +44,7 @@ def official(dropped=True):
     def call(modules, x):
         hidden = nn.functional.gelu(modules["fc1"](modules["norm"](x)))
         branch = modules["fc2"](hidden)
-        factor = factors(x, dropped)
-        return x + (branch if factor is None else branch * per_image(factor, x))
+        return x + (branch * per_image(factors(x), x) if dropped else branch)
 
     return call
 
@@ -88,14 +83,6 @@ def test_resident_weights(shape, mode, device, launches):
 def test_between_products(shape, mode, device, launches):
     assert_mlp_is_right(split_mlp, half_block(shape[-1]), rows(*shape).to(device), mode)
     assert launches["bias_gelu_backward_kernel"] == 1
-
-
-def without(name: str):
-    def change(modules: nn.ModuleDict) -> None:
-        layer, parameter = name.split(".")
-        modules[layer].register_parameter(parameter, None)
-
-    return change
 
 
 def frozen(*names: str):
@@ -225,7 +212,7 @@ def kept(call, modules: nn.ModuleDict, x: Tensor) -> list[Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: tensors.setdefault(tensor.data_ptr(), tensor), lambda tensor: tensor
     ):
-        call(x, *modules.values(), factors(x, True))
+        call(x, *modules.values(), factors(x))
     parameters = {parameter.data_ptr() for parameter in modules.parameters()}
     return [tensor for place, tensor in tensors.items() if place not in parameters]
 

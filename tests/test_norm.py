@@ -14,8 +14,8 @@ from dense_cases import (
     results,
     rows,
     sampled,
+    without,
 )
-from torch import nn
 
 from catkernels.ops.norm import norm_residual, unsupported_reasons
 from catkernels.torch_state.precision import compute_dtype
@@ -41,14 +41,6 @@ def official_norm(modules, x):
 @pytest.mark.parametrize("shape", sampled(SHAPES, MORE_SHAPES), ids=str)
 def test_norm(shape, mode, device):
     assert_right(norm, official_norm, half_block(shape[-1]), rows(*shape).to(device), mode)
-
-
-def without(name: str):
-    def change(modules: nn.ModuleDict) -> None:
-        layer, parameter = name.split(".")
-        modules[layer].register_parameter(parameter, None)
-
-    return change
 
 
 CHANGES = {

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from catkernels.ops.cpsa import forward_flops
-from catkernels.ops.limits import DTYPES, MAX_PATCH_SIZE
+from catkernels.ops.limits import (
+    MAX_PATCH_SIZE,
+    half_product_reasons,
+    one_of,
+    tensor_reasons,
+)
 from catkernels.ops.operator import contiguous, define_operator
 from catkernels.torch_state.precision import compute_dtype
 
@@ -37,16 +42,9 @@ def joined_reasons(
         channels: C, which the norm is over.
         num_patches: P, of the padded map.
     """
-    reasons = []
-    if products not in (torch.float16, torch.bfloat16):
-        reasons.append(f"the kernels multiply in half precision, not in {products}")
-    if others := sorted(str(dtype) for dtype in parameters.difference(DTYPES)):
-        reasons.append(
-            f"the kernels take float16, bfloat16 and float32, not {' and '.join(others)}"
-        )
+    reasons = half_product_reasons(products) + tensor_reasons(parameters)
     if channels not in CHANNELS:
-        taken = f"{', '.join(map(str, CHANNELS[:-1]))} or {CHANNELS[-1]}"
-        reasons.append(f"CPSA joins its norm over {taken} channels, not {channels}")
+        reasons.append(f"CPSA joins its norm over {one_of(CHANNELS)} channels, not {channels}")
     if patch_size >= MAX_PATCH_SIZE:
         reasons.append(f"CPSA joins its norm for patches of less than 8 x 8, not of {patch_size}")
     if not 1 <= num_patches <= MAX_PATCHES:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from catkernels.ops import norm as norms
+from catkernels.ops.limits import half_product_reasons, one_of
 from catkernels.ops.operator import contiguous, define_operator, needs_grad
 from catkernels.torch_state.precision import compute_dtype
 
@@ -32,12 +33,9 @@ def joined_reasons(
         features: of the layer's other side.
         step: how many of them a kernel takes at once.
     """
-    reasons = []
-    if products not in (torch.float16, torch.bfloat16):
-        reasons.append(f"the kernels multiply in half precision, not in {products}")
+    reasons = half_product_reasons(products)
     if channels not in CHANNELS:
-        taken = f"{', '.join(map(str, CHANNELS[:-1]))} or {CHANNELS[-1]}"
-        reasons.append(f"the kernels multiply {taken} channels, not {channels}")
+        reasons.append(f"the kernels multiply {one_of(CHANNELS)} channels, not {channels}")
     if features % step:
         reasons.append(f"the kernels multiply with features in steps of {step}, not {features}")
     return reasons

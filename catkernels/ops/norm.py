@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from catkernels.ops.limits import DTYPES
+from catkernels.ops.limits import tensor_reasons
 from catkernels.ops.operator import (
     call_once_differentiable,
     contiguous,
@@ -32,11 +32,7 @@ def unsupported_reasons(
         dtypes: of the rows, the weights and the result.
         channels: C, the values of a row.
     """
-    reasons = device_reasons(device)
-    if others := sorted(str(dtype) for dtype in dtypes.difference(DTYPES)):
-        reasons.append(
-            f"the kernels take float16, bfloat16 and float32, not {' and '.join(others)}"
-        )
+    reasons = device_reasons(device) + tensor_reasons(dtypes)
     if channels % CHANNEL_STEP or not 0 < channels <= MAX_CHANNELS:
         reasons.append(
             f"the kernels norm up to {MAX_CHANNELS} channels in steps of {CHANNEL_STEP}, "
