@@ -90,7 +90,7 @@ first() {
 
 check() {
     if ((${#trial[@]})); then
-        tests tests/test_benchmarks.py tests/test_stress.py -k "few or wrong or work"
+        tests tests/test_benchmarks.py tests/test_tune.py tests/test_stress.py -k "few or wrong or work"
         return
     fi
     # most of their time these tests compile, each process on a core of its own

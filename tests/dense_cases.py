@@ -147,3 +147,10 @@ def assert_right(ours: Call, official: Call, modules: nn.ModuleDict, x: Tensor, 
     for name, actual, same, truth in compared(ours, official, modules, x, mode):
         assert actual.dtype == same.dtype, f"{name}: {actual.dtype}, not {same.dtype}"
         assert_within_error_budget(actual, same, truth, f"{mode}: {name}")
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Rounded in other places, but nothing left out."""
+    for name, tensor in actual.items():
+        difference = (tensor - expected[name]).double().norm()
+        assert difference <= 0.03 * expected[name].double().norm() + 1e-3, name

@@ -11,6 +11,7 @@ from dense_cases import (
     BFLOAT16,
     FLOAT32,
     Mode,
+    assert_near,
     assert_right,
     by_pytorch,
     results,
@@ -40,13 +41,6 @@ def make_block(kind="ipsa", drop_path=0.0, **options) -> catkernels.CATBlock:
             norm.weight.normal_(1, 0.2)
             norm.bias.normal_(0, 0.2)
     return block
-
-
-def assert_near(actual, expected) -> None:
-    """Rounded in other places, but nothing left out."""
-    for name, tensor in actual.items():
-        difference = (tensor - expected[name]).double().norm()
-        assert difference <= 0.03 * expected[name].double().norm() + 1e-3, name
 
 
 def assert_block_is_right(block, x, mode: Mode) -> None:
@@ -418,57 +412,6 @@ def test_heads_need_not_share_the_channels(channels, mode, device, launches):
     x = rows(2, 98, channels).to(device)
     assert_right(by_kernels, as_it_was, nn.Sequential(block), x, mode)
     assert launches["ipsa_backward_kernel"] == 1
-
-
-class LayerScaled(official.Mlp):
-    """With the parts of an official MLP, and more to it."""
-
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def test_an_mlp_that_computes_something_else_is_called_itself(device, launches):
-    """Its parts do not say so, its numbers do."""
-    block = official.CATBlock(
-        32, (7, 7), 2, 7, 4.0, True, None, 0.0, 0.0, 0.0, nn.LayerNorm, "ipsa"
-    )
-    block.mlp = LayerScaled(32, 128)
-    model, x = nn.Sequential(block).to(device), rows(2, 49, 32).to(device)
-    expected = results(seeded, model, x, AUTOCAST)
-    catkernels.patch(model, backend="triton")
-    assert model[0].read_mlp() is None
-    assert_near(results(seeded, model, x, AUTOCAST), expected)
-    assert not launches["mlp_forward_kernel"]
-
-
-class Gained(official.Mlp):
-    """One that is an official MLP by an attribute."""
-
-    def forward(self, x):
-        return self.gain * super().forward(x)
-
-
-class StopsInTraining(official.Mlp):
-    """One whose numbers are right, and gradients are not."""
-
-    def forward(self, x):
-        return super().forward(x.detach() if self.training else x)
-
-
-def test_an_mlp_is_known_by_its_attributes_and_gradients_too():
-    model = official.CAT(embed_dim=16, depths=(1,), num_heads=(1,), out_indices=(0,))
-    blocks = [module for module in model.modules() if hasattr(module, "attn_type")]
-    for block, gain in zip(blocks, (1.0, 0.5, 1.0), strict=True):
-        block.mlp.__class__, block.mlp.gain = Gained, gain
-    catkernels.patch(model)
-    ours = [module for module in model.modules() if isinstance(module, catkernels.CATBlock)]
-    assert [block.read_mlp() is not None for block in ours] == [True, False, True]
-    catkernels.unpatch(model)
-    for block in blocks:
-        block.mlp.__class__ = StopsInTraining
-    catkernels.patch(model)
-    ours = [module for module in model.modules() if isinstance(module, catkernels.CATBlock)]
-    assert [block.read_mlp() for block in ours] == [None] * 3
 
 
 def test_a_report_says_why_parts_are_left_to_pytorch(device):
